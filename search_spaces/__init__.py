@@ -1,0 +1,1 @@
+"""What may vary: typed domains, named spaces, and the identity of a config."""

@@ -1,0 +1,1 @@
+"""What a trial trains (tasks) and how Ray runs it."""

@@ -1,0 +1,1 @@
+"""The learning problems a trial can be given."""
