@@ -1,0 +1,44 @@
+# Each target makes its own environment first; nothing else need be installed than Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := scm search_spaces trainables reports harness
+
+.PHONY: help setup demo test test-slow lint bench-quick clean
+
+help:
+	@echo "make demo       sweep the two example data sets and print the ranked configs"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the tests marked slow (clusters, long trainings)"
+	@echo "make lint       formatting, lint and types"
+	@echo "make bench-quick  every benchmark at its quick size"
+	@echo "make setup      make the environment in $(VENV) (the others call it)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peer,track]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench-quick: setup
+	$(BIN)/python benchmarks/step_time.py --quick
+	$(BIN)/python benchmarks/peer_domains.py --quick
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
