@@ -1,0 +1,57 @@
+"""`scm-harness sweep PLAN.yaml`: run a plan from its configs to its ranked rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.cli.arguments import CommandParser
+from harness.errors import EXIT_INTERRUPTED, EXIT_NOTHING_COMPLETED, EXIT_OK
+
+TOP = 10
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(
+        "sweep", "Draw configs from a plan's space, train each with every seed, rank them."
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN.yaml", help="the plan to run")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME of the plan)"
+    )
+    parser.add_argument(
+        "--address", metavar="ADDR", help="join the Ray cluster at host:port; without it, a local one"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR: only what is missing runs"
+    )
+    parser.add_argument("--top", type=int, default=TOP, metavar="N", help=f"configs to print (default {TOP})")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the sweep; the ranking goes to stdout, progress and errors to stderr."""
+    options = make_parser().parse_args(argv)
+
+    from harness.plan import load_plan
+
+    plan = load_plan(options.plan)
+    out = options.out if options.out is not None else Path("runs") / options.plan.stem
+
+    from harness.sweep import run_sweep
+
+    result = run_sweep(plan, out, address=options.address, resume=options.resume)
+    if result.interrupted:
+        again = f"scm-harness sweep {options.plan} --out {out} --resume"
+        print(f"interrupted: {result.rows} rows kept in {out}; go on with: {again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+    from reports.text import render_leaderboard
+
+    print(render_leaderboard(result.leaderboard, options.top))
+    if not result.completed_configs:
+        print(f"error: no config of {out} has a completed trial", file=sys.stderr)
+        return EXIT_NOTHING_COMPLETED
+    return EXIT_OK
