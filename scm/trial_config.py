@@ -1,0 +1,202 @@
+"""Every knob of a trial, its default and its rules: the one home of both. Needs no torch.
+
+`TrialConfig` is what one training knows besides its seed, its data and its model's dimensions. Search
+spaces, tables and the command line read names, types and defaults from here (`KNOBS`); what a knob does is
+decided in `scm.trial` and `scm.models`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """What may be said about one field of `TrialConfig`.
+
+    `type` is "float", "int", "bool" or "str"; `optional` allows None. `choices` lists the values of a str
+    knob. `active_when` names other knobs and the values of theirs under which this one changes anything.
+    """
+
+    type: str
+    default: float | int | bool | str | None
+    optional: bool
+    choices: tuple[str, ...]
+    active_when: Mapping[str, tuple[Any, ...]]
+    rule: str
+
+    def is_active(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether the knob changes anything in `config`, a flat mapping that names every knob."""
+        return all(config[name] in values for name, values in self.active_when.items())
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+_ANY: _Rule = ("", lambda value: True)
+_POSITIVE: _Rule = ("> 0", lambda value: value > 0)
+_NOT_NEGATIVE: _Rule = (">= 0", lambda value: value >= 0)
+_SHARE: _Rule = ("in [0, 1]", lambda value: 0 <= value <= 1)
+_DECAY: _Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
+_AT_LEAST_ONE: _Rule = (">= 1", lambda value: value >= 1)
+
+
+def _knob(
+    default: Any, rule: _Rule = _ANY, /, *, choices: tuple[str, ...] = (), **active_when: tuple[Any, ...]
+) -> Any:
+    metadata = {"rule": rule, "choices": choices, "active_when": MappingProxyType(active_when)}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialConfig:
+    """What one training needs to know besides its seed, data and dimensions; valid once built.
+
+    Raises TypeError for a value of another type, ValueError for one out of range. An int is taken where a
+    float is asked for. Thresholds are in units of |Q|, rates and weights have no unit.
+    """
+
+    max_epochs: int = _knob(20, _AT_LEAST_ONE)
+    batch_size: int = _knob(32, _AT_LEAST_ONE)
+    optimizer: str = _knob("adam", choices=("adam", "adamw", "sgd", "rmsprop"))
+    learning_rate: float = _knob(1e-3, _POSITIVE)
+    weight_decay: float = _knob(0.0, _NOT_NEGATIVE)
+    momentum: float = _knob(0.0, _DECAY, optimizer=("sgd", "rmsprop"))
+    nesterov: bool = _knob(False, optimizer=("sgd",))
+    beta1: float = _knob(0.9, _DECAY, optimizer=("adam", "adamw"))
+    beta2: float = _knob(0.999, _DECAY, optimizer=("adam", "adamw"))
+    lr_schedule: str = _knob("constant", choices=("constant", "cosine", "linear"))
+    clip_norm: float | None = _knob(None, _POSITIVE)
+    gradient_accumulation_steps: int = _knob(1, _AT_LEAST_ONE)
+    mixed_precision: bool = _knob(False)
+    amp_dtype: str = _knob("bfloat16", choices=("float16", "bfloat16"), mixed_precision=(True,))
+    dtype: str = _knob("float32", choices=("float32", "float64"))
+
+    tau_train_min: float = _knob(1e-4, _POSITIVE)
+    tau_train_max: float = _knob(1e-4, _POSITIVE)
+    tau_infer: float = _knob(1e-6, _POSITIVE)
+
+    fit: str = _knob("projective", choices=("projective", "implicit", "implicit_detached"))
+    gamma: float = _knob(1e-9, _NOT_NEGATIVE)
+    epsilon_sing: float = _knob(1e-3, _NOT_NEGATIVE)
+    lambda_margin: float = _knob(0.1, _NOT_NEGATIVE)
+    lambda_sign: float = _knob(1.0, _NOT_NEGATIVE)
+    lambda_rej: float = _knob(0.01, _NOT_NEGATIVE)
+    target_coverage: float = _knob(0.95, _SHARE)
+    coverage_term: str = _knob("soft", choices=("soft", "hard"))
+    coverage_temperature: float = _knob(1e-2, _POSITIVE, coverage_term=("soft",))
+    lambda_push_down: float = _knob(0.0, _NOT_NEGATIVE)
+    lambda_push_up: float = _knob(0.0, _NOT_NEGATIVE)
+    tau_bottom: float = _knob(1e-2, _NOT_NEGATIVE)
+    tau_finite: float = _knob(5e-2, _NOT_NEGATIVE)
+    loss_ramp_epochs: int = _knob(0, _NOT_NEGATIVE)
+
+    gradient_policy: str | None = _knob(None, choices=("clamp", "project", "reject", "pass"))
+    coverage_threshold: float = _knob(0.0, _SHARE)
+    coverage_patience: int = _knob(3, _AT_LEAST_ONE)
+    nonfinite_budget: int = _knob(10, _NOT_NEGATIVE)
+    restore_best: bool = _knob(False)
+
+    head: str = _knob("pattern", choices=("pattern", "multihead", "angular"))
+    hidden_width: int = _knob(64, _AT_LEAST_ONE)
+    hidden_depth: int = _knob(2, _NOT_NEGATIVE)
+    tuple_norm: str = _knob("unit", choices=("unit", "none"))
+    q_anchor: str = _knob("none", choices=("none", "ones"), head=("multihead",))
+    q_param: str = _knob("none", choices=("none", "softplus"), head=("multihead",))
+    q_min: float = _knob(0.0, _NOT_NEGATIVE, head=("multihead",))
+    numerator_degree: int = _knob(3, _NOT_NEGATIVE, head=("multihead",))
+    denominator_degree: int = _knob(2, _AT_LEAST_ONE, head=("multihead",))
+
+    def __post_init__(self) -> None:
+        for name, knob in KNOBS.items():
+            object.__setattr__(self, name, _checked(name, knob, getattr(self, name)))
+        _check_order(self, "tau_train_min", "tau_train_max")
+        _check_order(self, "tau_infer", "tau_train_min")
+        _check_order(self, "tau_bottom", "tau_finite")
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise ValueError(f"nesterov needs momentum > 0, got momentum={self.momentum!r}")
+
+    @classmethod
+    def from_flat(cls, mapping: Mapping[str, Any]) -> TrialConfig:
+        """Build a config from plain values by name; what is absent takes its default.
+
+        The keys "task" and "task.<anything>" belong to the task and are passed over. Raises ValueError for
+        any other key that is no knob, naming the nearest one.
+        """
+        known: dict[str, Any] = {}
+        for name, value in mapping.items():
+            if name == "task" or str(name).startswith("task."):
+                continue
+            if name not in KNOBS:
+                raise ValueError(_unknown_knob(str(name)))
+            known[name] = value
+        return cls(**known)
+
+    def to_flat(self) -> dict[str, float | int | bool | str | None]:
+        """Return every knob by name, as plain values; `from_flat` of it is an equal config."""
+        return {name: getattr(self, name) for name in KNOBS}
+
+    def active(self) -> dict[str, float | int | bool | str | None]:
+        """Return those knobs that change anything, given the values of the others."""
+        flat = self.to_flat()
+        return {name: value for name, value in flat.items() if KNOBS[name].is_active(flat)}
+
+
+def _unknown_knob(name: str) -> str:
+    near = difflib.get_close_matches(name, list(KNOBS), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(KNOBS))}"
+    return f"unknown knob {name!r}; {hint}"
+
+
+def _checked(name: str, knob: Knob, value: Any) -> Any:
+    if value is None and knob.optional:
+        return None
+    value = _typed(name, knob, value)
+    if knob.choices and value not in knob.choices:
+        raise ValueError(f"{name} must be one of {', '.join(knob.choices)}, got {name}={value!r}")
+    _, holds = _RULES[name]
+    if not holds(value):
+        raise ValueError(f"{name} must be {knob.rule}, got {name}={value!r}")
+    return value
+
+
+def _typed(name: str, knob: Knob, value: Any) -> Any:
+    """Return `value` as the knob's type, refusing what would have to be guessed (True for 1, "1" for 1)."""
+    right = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[knob.type]
+    if not isinstance(value, right) or (isinstance(value, bool) and knob.type != "bool"):
+        also = " or None" if knob.optional else ""
+        raise TypeError(f"{name} must be of type {knob.type}{also}, got {name}={value!r}")
+    if knob.type != "float":
+        return value
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {name}={value!r}")
+    return float(value)
+
+
+def _check_order(config: TrialConfig, low: str, high: str) -> None:
+    if getattr(config, low) > getattr(config, high):
+        values = f"{low}={getattr(config, low)!r}, {high}={getattr(config, high)!r}"
+        raise ValueError(f"{low} must be <= {high}, got {values}")
+
+
+def _knobs() -> dict[str, Knob]:
+    made = {}
+    for item in dataclasses.fields(TrialConfig):
+        words = str(item.type).replace(" ", "").split("|")
+        made[item.name] = Knob(
+            type=words[0],
+            default=item.default,
+            optional="None" in words,
+            choices=item.metadata["choices"],
+            active_when=item.metadata["active_when"],
+            rule=item.metadata["rule"][0],
+        )
+    return made
+
+
+_RULES: dict[str, _Rule] = {item.name: item.metadata["rule"] for item in dataclasses.fields(TrialConfig)}
+KNOBS: Mapping[str, Knob] = MappingProxyType(_knobs())
