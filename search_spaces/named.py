@@ -1,0 +1,168 @@
+"""The spaces that ship with the harness, by name, and how a plan asks for one.
+
+Ranges are for tuples (P, Q) of unit length, so that |Q| <= 1 and a threshold has the same meaning for every model.
+Adding a space is one entry of `SPACES`; a knob is spelled as the field that the training reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from search_spaces.domains import Choice, Float, Int
+from search_spaces.errors import SpaceError, nearest_hint
+from search_spaces.ordering import LessEqual
+from search_spaces.space import Space, compose
+
+_MOMENTUM = {"optimizer": ("sgd", "rmsprop")}
+_ADAM = {"optimizer": ("adam", "adamw")}
+_SOFT = {"coverage_term": ("soft",)}
+_MULTIHEAD = {"head": ("multihead",)}
+
+_NAMED = (
+    Space(
+        "coverage_targets",
+        {
+            # The hard term has no gradient: under it, its target and weight would be knobs that change nothing.
+            "coverage_term": Choice(("soft", "hard")),
+            "target_coverage": Float(0.5, 0.995, when=_SOFT),
+            "lambda_rej": Float(1e-3, 10.0, log=True, when=_SOFT),
+            "coverage_temperature": Float(1e-3, 0.1, log=True, when=_SOFT),
+        },
+        description="The share of answers asked for, and how hard training pulls coverage towards it.",
+    ),
+    Space(
+        "tau_ranges",
+        {
+            "tau_infer": Float(1e-4, 0.2, log=True),
+            "tau_train_min": Float(1e-4, 0.3, log=True),
+            "tau_train_max": Float(1e-3, 0.5, log=True),
+        },
+        [LessEqual("tau_infer", "tau_train_min"), LessEqual("tau_train_min", "tau_train_max")],
+        description="Thresholds on |Q|: the range drawn from in training, and the one that decides when decoding.",
+    ),
+    Space(
+        "loss_weights",
+        {
+            "fit": Choice(("projective", "implicit", "implicit_detached")),
+            "lambda_margin": Float(1e-3, 10.0, log=True),
+            "lambda_sign": Float(1e-3, 10.0, log=True),
+            "lambda_push_down": Float(1e-3, 10.0, log=True),
+            "lambda_push_up": Float(1e-3, 10.0, log=True),
+            "tau_bottom": Float(1e-3, 0.1, log=True),
+            "tau_finite": Float(1e-2, 0.5, log=True),
+            "loss_ramp_epochs": Int(0, 10),
+        },
+        [LessEqual("tau_bottom", "tau_finite")],
+        description="Which fit term, the weights of the terms beside it, and how long they take to come in.",
+    ),
+    Space(
+        "gradient_policy",
+        {"gradient_policy": Choice((None, "clamp", "project", "reject", "pass"))},
+        description="What becomes of gradients that pass through a bottom; null leaves them as they are.",
+    ),
+    Space(
+        "optimizer",
+        {
+            "optimizer": Choice(("adam", "adamw", "sgd", "rmsprop")),
+            "learning_rate": Float(1e-4, 3e-2, log=True),
+            "weight_decay": Float(1e-6, 1e-2, log=True),
+            "momentum": Float(0.5, 0.99, when=_MOMENTUM),
+            "nesterov": Choice((False, True), when={"optimizer": ("sgd",)}),
+            "beta1": Float(0.8, 0.99, when=_ADAM),
+            "beta2": Float(0.9, 0.9999, when=_ADAM),
+            "lr_schedule": Choice(("constant", "cosine", "linear")),
+            "clip_norm": Choice((None, 0.1, 1.0, 10.0)),
+            "batch_size": Choice((16, 32, 64, 128)),
+        },
+        description="How weights move: the method with its own settings, step size and its schedule, clipping, batch.",
+    ),
+    Space(
+        "model_size",
+        {
+            "head": Choice(("pattern", "multihead", "angular")),
+            "hidden_width": Int(8, 128, log=True),
+            "hidden_depth": Int(1, 3),
+            "tuple_norm": Choice(("unit", "none")),
+            "q_anchor": Choice(("none", "ones"), when=_MULTIHEAD),
+            "q_param": Choice(("none", "softplus"), when=_MULTIHEAD),
+            "q_min": Float(1e-6, 1e-1, log=True, when={**_MULTIHEAD, "q_param": ("softplus",)}),
+            "numerator_degree": Int(1, 5, when=_MULTIHEAD),
+            "denominator_degree": Int(1, 4, when=_MULTIHEAD),
+        },
+        description="The head that emits (P, Q), and the size of the network below it.",
+    ),
+)
+
+SPACES: dict[str, Space] = {space.name: space for space in _NAMED}
+SPACES["default"] = compose(*_NAMED, name="default", description="All of the above, together.")
+
+
+def named_space(name: str) -> Space:
+    """The space called `name`; SpaceError with the nearest known name where there is none."""
+    if name not in SPACES:
+        raise SpaceError([f"unknown space {name!r} {nearest_hint(name, SPACES)}"])
+    return SPACES[name]
+
+
+def parse_space(plain: object) -> Space:
+    """The space that a plan asks for; SpaceError with every problem found.
+
+    `plain` is a name, a list of names, a mapping of knobs to domains, or a mapping with `use` (names), `domains`
+    (further knobs), `constraints` and `override` (other domains for knobs of the spaces used). What
+    `Space.to_plain` gives is read back as well.
+    """
+    if isinstance(plain, Space):
+        return plain
+    if isinstance(plain, str):
+        return named_space(plain)
+    if isinstance(plain, list | tuple):
+        return _used(plain)
+    if not isinstance(plain, Mapping):
+        raise SpaceError([f"a space must be a name, a list of names or a mapping, got {plain!r}"])
+    if not _EXPLICIT & set(plain):
+        return Space.from_plain({"name": "custom", "domains": plain})
+    return _parse_explicit(plain)
+
+
+_EXPLICIT = {"use", "domains", "override"}
+
+
+def _parse_explicit(plain: Mapping[str, Any]) -> Space:
+    given = dict(plain)
+    override = given.pop("override", None) or {}
+    used = given.pop("use", None) or []
+    parts = [_used([used] if isinstance(used, str) else used)] if used else []
+    if not isinstance(override, Mapping):
+        raise SpaceError([f"override must map knobs to domains, got {override!r}"])
+    if given.get("domains"):
+        # Conditions and constraints may speak of knobs of the spaces used: all are read as one space.
+        domains = {**_plain_domains(parts), **given["domains"]}
+        again = [k for k in given["domains"] if parts and k in parts[0].domains]
+        if again:
+            raise SpaceError([f"{k} is in the spaces used already; change it under override" for k in again])
+        listed = [*map(str, parts[0].constraints if parts else ()), *(given.get("constraints") or [])]
+        space = Space.from_plain({**given, "domains": domains, "constraints": listed})
+    elif parts:
+        extra = given.pop("constraints", None) or []
+        header = {key: given[key] for key in given if key != "domains"}
+        named = {"name": parts[0].name, "description": parts[0].description, **header}
+        listed = [*map(str, parts[0].constraints), *extra]
+        space = Space.from_plain({**named, "domains": _plain_domains(parts), "constraints": listed})
+    else:
+        space = Space.from_plain(given)
+    return space.override(override) if override else space
+
+
+def _plain_domains(parts: list[Space]) -> dict[str, Any]:
+    return {knob: domain for part in parts for knob, domain in part.domains.items()}
+
+
+def _used(names: object) -> Space:
+    if not isinstance(names, list | tuple) or not names:
+        raise SpaceError([f"at least one space must be named, got {names!r}"])
+    problems = [f"unknown space {n!r} {nearest_hint(str(n), SPACES)}" for n in names if n not in SPACES]
+    if problems:
+        raise SpaceError(problems)
+    spaces = [SPACES[name] for name in names]
+    return spaces[0] if len(spaces) == 1 else compose(*spaces, name="+".join(names))
