@@ -1,0 +1,231 @@
+"""Successive halving as a pure board: who goes on at each rung, given what every trial of a cohort reported.
+
+A cohort halves on its own and in step: at a rung the board waits for every config of the cohort that got there, then
+lets the best `ceil(n / eta)` of those n go on. A config counts with the mean over its seeds, and its seeds go on or
+stop together. A metric that is not finite, and a trial that failed, make the config the worst there is: it never
+passes that rung, not even when nobody else does. Nothing here knows Ray, time or the order of arrival.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Action: TypeAlias = Literal["continue", "stop", "wait"]
+TrialKey: TypeAlias = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one trial is to do now; "wait" is followed by another decision for it in a later answer."""
+
+    cohort: int
+    config_id: str
+    seed: int
+    action: Action
+
+
+@dataclass(slots=True)
+class _Trial:
+    """What the board knows of one trial; `values[r]` is what it was worth at rung r."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    waits_at: int | None = None
+    passed: int = 0  # rungs behind it
+    stopped: bool = False
+    left: bool = False
+
+
+@dataclass(slots=True)
+class _Cohort:
+    members: dict[str, dict[int, _Trial]]
+    rung: int = 0  # the rung that is still to be decided
+    entrants: list[str] = field(default_factory=list)
+
+
+class RungBoard:
+    """Decides, for each cohort, which trials go on at each rung.
+
+    `rungs` are epochs, strictly increasing; `mode` says whether a small ("min") or a large ("max") value is good.
+    A trial's value at a rung is the first that it reports at that epoch or later.
+    """
+
+    def __init__(self, rungs: Sequence[int], eta: int = 3, mode: Literal["min", "max"] = "min") -> None:
+        rungs = tuple(rungs)
+        if not rungs or rungs[0] < 1 or any(b <= a for a, b in zip(rungs, rungs[1:], strict=False)):
+            raise ValueError(f"rungs must be epochs >= 1 that increase, got rungs={list(rungs)}")
+        if eta < 2:
+            raise ValueError(f"eta must be >= 2, got {eta=}")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode=}")
+        self.rungs: tuple[int, ...] = rungs
+        self.eta = eta
+        self.mode = mode
+        self._cohorts: dict[int, _Cohort] = {}
+
+    def open_cohort(self, cohort: int, members: Iterable[TrialKey]) -> None:
+        """Announce all trials `(config_id, seed)` of a cohort, before any of them reports."""
+        if cohort in self._cohorts:
+            raise ValueError(f"a cohort can be opened once, got {cohort=} again")
+        trials: dict[str, dict[int, _Trial]] = {}
+        for config_id, seed in members:
+            seeds = trials.setdefault(config_id, {})
+            if seed in seeds:
+                raise ValueError(f"members must differ, got {(config_id, seed)} twice in {cohort=}")
+            seeds[seed] = _Trial()
+        if not trials:
+            raise ValueError(f"a cohort must have members, got none for {cohort=}")
+        self._cohorts[cohort] = _Cohort(trials, entrants=sorted(trials))
+
+    def report(self, cohort: int, config_id: str, seed: int, epoch: int, value: float | None) -> list[Decision]:
+        """Take in the metric after `epoch`; the first decision is the reporter's, others free trials that waited.
+
+        A report that repeats what is known (a trial that was restarted after a node was lost) changes nothing.
+        None counts as not finite.
+        """
+        trial = self._trial(cohort, config_id, seed)
+        if trial.left:
+            raise ValueError(f"a trial that left cannot report, got {config_id=}, {seed=}, {epoch=}")
+        number = math.nan if value is None else float(value)
+        reached = [r for r, rung in enumerate(self.rungs) if rung <= epoch]
+        for r in reached:
+            trial.values.setdefault(r, number)
+        if not trial.stopped and len(reached) > trial.passed:
+            trial.waits_at = trial.passed
+        freed = self._settle(cohort)
+        own = self._decision(cohort, config_id, seed)
+        return [own, *(decision for decision in freed if (decision.config_id, decision.seed) != (config_id, seed))]
+
+    def leave(self, cohort: int, config_id: str, seed: int, value: float | None = None) -> list[Decision]:
+        """Take in that a trial ended by itself; gives the decisions for the trials that waited for it.
+
+        `value` is its last metric where it ended well: it stands for it at the rungs ahead. None says that it
+        failed, which makes its config the worst at the next rung that it did not reach.
+        """
+        trial = self._trial(cohort, config_id, seed)
+        if not trial.left:
+            trial.left = True
+            trial.waits_at = None
+            number = math.nan if value is None else float(value)
+            for r in range(len(self.rungs)):
+                trial.values.setdefault(r, number)
+        return self._settle(cohort)
+
+    def action(self, cohort: int, config_id: str, seed: int) -> Action:
+        """What the trial is to do as things stand."""
+        return self._decision(cohort, config_id, seed).action
+
+    def awaited(self, cohort: int) -> list[TrialKey]:
+        """The trials, sorted, that must still report or leave before the cohort's next rung is decided."""
+        state = self._state(cohort)
+        if state.rung >= len(self.rungs):
+            return []
+        return [(c, s) for c in state.entrants for s, t in sorted(state.members[c].items()) if state.rung not in t.values]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the board knows, in plain values that JSON can hold (a NaN is written as null)."""
+        return {
+            "rungs": list(self.rungs),
+            "eta": self.eta,
+            "mode": self.mode,
+            "cohorts": [{"cohort": number, **_plain_cohort(state)} for number, state in self._cohorts.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the board that gave `state`; ValueError where rungs, eta or mode are others than this board's."""
+        own = {"rungs": list(self.rungs), "eta": self.eta, "mode": self.mode}
+        given = {key: state[key] for key in own}
+        if given != own:
+            raise ValueError(f"the state must be of a board with {own}, got {given}")
+        self._cohorts = {int(plain["cohort"]): _parse_cohort(plain) for plain in state["cohorts"]}
+
+    def _settle(self, cohort: int) -> list[Decision]:
+        """Decide whatever can be decided; gives a decision for every trial that waited and does no longer."""
+        state = self._state(cohort)
+        waiting = [(c, s) for c, seeds in sorted(state.members.items()) for s in sorted(seeds) if seeds[s].waits_at is not None]
+        while state.rung < len(self.rungs) and not self.awaited(cohort):
+            go_on = self._survivors(state)
+            for config_id in state.entrants:
+                for trial in state.members[config_id].values():
+                    trial.stopped = config_id not in go_on
+                    trial.passed += not trial.stopped
+            state.entrants = go_on
+            state.rung += 1
+            self._renew_waits(state)
+        self._stop_the_doomed(state)
+        return [d for d in (self._decision(cohort, c, s) for c, s in waiting) if d.action != "wait"]
+
+    def _survivors(self, state: _Cohort) -> list[str]:
+        worth = {config_id: self._worth(state, config_id) for config_id in state.entrants}
+        finite = [config_id for config_id in state.entrants if math.isfinite(worth[config_id])]
+        places = math.ceil(len(state.entrants) / self.eta)
+        return sorted(sorted(finite, key=lambda config_id: (worth[config_id], config_id))[:places])
+
+    def _worth(self, state: _Cohort, config_id: str) -> float:
+        """The mean over the seeds, small is good; infinite where a seed has no finite value."""
+        values = [trial.values[state.rung] for _, trial in sorted(state.members[config_id].items())]
+        if not all(map(math.isfinite, values)):
+            return math.inf
+        # Divided first: the sum of two large finite values may overflow, and a mean of finite values is finite.
+        mean = math.fsum(value / len(values) for value in values)
+        return mean if self.mode == "min" else -mean
+
+    def _renew_waits(self, state: _Cohort) -> None:
+        """After a rung: who already reported beyond the next one waits there, the others go on or are gone."""
+        for seeds in state.members.values():
+            for trial in seeds.values():
+                there = not trial.stopped and not trial.left and trial.passed == state.rung and state.rung in trial.values
+                trial.waits_at = state.rung if there else None
+
+    def _stop_the_doomed(self, state: _Cohort) -> None:
+        """A config with a seed that has no finite value at this rung cannot pass it: its waiting trials end now."""
+        for config_id in state.entrants if state.rung < len(self.rungs) else ():
+            seeds = state.members[config_id].values()
+            if any(not math.isfinite(trial.values.get(state.rung, 0.0)) for trial in seeds):
+                for trial in seeds:
+                    if trial.waits_at is not None:
+                        trial.waits_at, trial.stopped = None, True
+
+    def _decision(self, cohort: int, config_id: str, seed: int) -> Decision:
+        trial = self._trial(cohort, config_id, seed)
+        action: Action = "stop" if trial.stopped else "wait" if trial.waits_at is not None else "continue"
+        return Decision(cohort, config_id, seed, action)
+
+    def _state(self, cohort: int) -> _Cohort:
+        if cohort not in self._cohorts:
+            raise ValueError(f"a cohort must be opened first, got {cohort=}; open: {sorted(self._cohorts)}")
+        return self._cohorts[cohort]
+
+    def _trial(self, cohort: int, config_id: str, seed: int) -> _Trial:
+        trial = self._state(cohort).members.get(config_id, {}).get(seed)
+        if trial is None:
+            raise ValueError(f"a trial must be a member of its cohort, got {cohort=}, {config_id=}, {seed=}")
+        return trial
+
+
+def _plain_cohort(state: _Cohort) -> dict[str, Any]:
+    trials = [
+        {
+            "config_id": config_id,
+            "seed": seed,
+            "values": {str(r): value if math.isfinite(value) else None for r, value in trial.values.items()},
+            "waits_at": trial.waits_at,
+            "passed": trial.passed,
+            "stopped": trial.stopped,
+            "left": trial.left,
+        }
+        for config_id, seeds in state.members.items()
+        for seed, trial in seeds.items()
+    ]
+    return {"rung": state.rung, "entrants": list(state.entrants), "trials": trials}
+
+
+def _parse_cohort(plain: Mapping[str, Any]) -> _Cohort:
+    members: dict[str, dict[int, _Trial]] = {}
+    for item in plain["trials"]:
+        values = {int(r): math.nan if value is None else float(value) for r, value in item["values"].items()}
+        trial = _Trial(values, item["waits_at"], item["passed"], item["stopped"], item["left"])
+        members.setdefault(item["config_id"], {})[item["seed"]] = trial
+    return _Cohort(members, plain["rung"], list(plain["entrants"]))
