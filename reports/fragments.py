@@ -119,14 +119,12 @@ class FragmentWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Puts every appended row on the disk before it returns; OSError leaves the earlier fragment whole."""
+        """Puts every appended row on the disk before it returns; an OSError leaves the earlier file whole."""
         if not self._unflushed:
             return
         started_s = time.monotonic()
         columns = {name: [row.get(name) for row in self._rows] for name in self._schema.names}
-        table = pa.table(
-            {f.name: self._array(f, columns[f.name]) for f in self._schema}, schema=self._schema
-        )
+        table = pa.table({f.name: self._array(f, columns[f.name]) for f in self._schema}, schema=self._schema)
         write_table_atomically(table, self._fragment(self._number))
         self._unflushed = 0
         if len(self._rows) >= FRAGMENT_ROWS:
@@ -186,7 +184,7 @@ class FragmentWriter:
 
 
 def check_value(field: pa.Field, value: Any) -> Any:
-    """The value as the column stores it; ValueError naming column, type and value if it is of another type."""
+    """The value as the column stores it; ValueError naming column and value if it is of another type."""
     kind = field.type
     if pa.types.is_floating(kind) and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -247,7 +245,7 @@ def read_fragment(path: Path, *, kind: str, columns: Iterable[str] | None = None
 
 
 def read_fragments(folder: Path, *, kind: str) -> pa.Table:
-    """Every fragment of the folder as one table with the columns of all; a column that a fragment lacks is null.
+    """Every fragment of the folder as one table with the columns of all, null where a fragment lacks one.
 
     Raises RunReadError for a fragment that cannot be read or whose column has a type that does not fit the
     others' (int beside float is float).
