@@ -165,10 +165,10 @@ def _find_wrong(trials: Trials, options: RankingOptions) -> list[tuple[str, Bool
     failed, diverged = trials.status_is("failed"), trials.status_is("diverged")
     ended_badly = failed | diverged
     found = [("failed", failed), ("diverged", diverged)]
-    found.append(("has no nan_count", trials.is_null("nan_count") & ~ended_badly))
+    found.append(("without a nan_count", trials.is_null("nan_count") & ~ended_badly))
     for metric in options.objectives:
         found.append(
-            (f"has no finite {metric.name}", ~np.isfinite(trials.floats(metric.name)) & ~ended_badly)
+            (f"without a finite {metric.name}", ~np.isfinite(trials.floats(metric.name)) & ~ended_badly)
         )
     return found
 

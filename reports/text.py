@@ -1,0 +1,163 @@
+"""A leaderboard as plain text for a terminal or a log: markup only, nothing is computed or decided here."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reports.metrics import SHORTFALL
+from reports.ranking import RANKED_BY_KEY
+from reports.schema import CONFIG_PREFIX, TRIAL_STATUSES, config_columns
+
+WIDTH = 120
+GAP = "  "
+INDENT = " " * 13  # under the config's id, so that its knobs read as a part of it
+DEFAULT_METRICS = (SHORTFALL, "accepted_error", "step_time_ms")
+
+
+def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
+    """What `reports.ranking.rank` returned, as lines of at most 120 columns, the last without a newline.
+
+    First what was run and how it was ranked, then the `top` best configs (all for None), each with mean ± std
+    over seeds, and with the knobs that are not the same in every config; then the configs that were ruled out
+    (`top` of them), each with its reason. What is left out is counted. Ids and names are never cut.
+    """
+    if len(table) == 0:
+        return "no configs"
+    if top is not None and top < 0:
+        raise ValueError(f"top must be >= 0, got {top=}")
+    feasible = table.filter(table.column("feasible"))
+    ruled_out = table.filter(pc.invert(table.column("feasible")))
+    lines = [*_summary(table, len(feasible)), ""]
+    if len(feasible):
+        lines += _table(feasible.slice(0, top), _shown_metrics(table), _varying_knobs(table))
+        lines += _left_out(len(feasible), top, "more configs in the leaderboard")
+    else:
+        lines.append("no config is feasible")
+    if len(ruled_out):
+        lines += ["", f"ruled out: {len(ruled_out)} of {len(table)} configs"]
+        for entry in ruled_out.slice(0, top).select(["rank", "config_id", "why"]).to_pylist():
+            head = f"{entry['rank']:>4}{GAP}{entry['config_id']}{GAP}"
+            lines += _wrap(entry["why"], first=head, rest=" " * len(head))
+        lines += _left_out(len(ruled_out), top, "more ruled out")
+    return "\n".join(lines)
+
+
+def format_number(value: float | int | None) -> str:
+    """A number in at most four significant digits; "-" for what does not apply.
+
+    >>> format_number(0.000123456), format_number(12345.6), format_number(48), format_number(None)
+    ('0.0001235', '1.235e+04', '48', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _summary(table: pa.Table, feasible: int) -> list[str]:
+    trials = _sum(table, "n_trials")
+    ended = [(status, _sum(table, f"n_{status}")) for status in TRIAL_STATUSES]
+    counts = ", ".join(f"{number} {status}" for status, number in ended if number)
+    missing = _sum(table, "n_missing")
+    text = f"{len(table)} configs, {feasible} feasible; {trials} trials: {counts}"
+    lines = _wrap(text + (f"; {missing} missing" if missing else ""))
+    said = _ranked_by(table)
+    if said:
+        text = f"fronts over {', '.join(said['by'])}; ties by {', '.join([*said['ties'], 'config_id'])}"
+        lines += _wrap(f"{text}; nan_count at most {said['nan_budget']}")
+    return lines
+
+
+def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]:
+    entries = configs.to_pylist()
+    columns = [
+        ["rank", *(str(entry["rank"]) for entry in entries)],
+        ["front", *(str(entry["front"]) for entry in entries)],
+        ["config", *(entry["config_id"] for entry in entries)],
+        ["nan_count", *(str(entry["nan_count"]) for entry in entries)],
+        ["trials", *(str(entry["n_trials"]) for entry in entries)],
+    ]
+    width = sum(_width(column) + len(GAP) for column in columns) - len(GAP)
+    below: list[str] = []  # metrics for which the line has no room stand before the knobs
+    for metric in metrics:
+        column = [metric, *(_spread(entry, metric) for entry in entries)]
+        if width + _width(column) + len(GAP) <= WIDTH:
+            columns.insert(-2, column)
+            width += _width(column) + len(GAP)
+        else:
+            below.append(metric)
+    lines = []
+    for row in range(len(entries) + 1):
+        cells = []
+        for index, column in enumerate(columns):
+            left = index == 2  # the id; all else are numbers
+            cells.append(column[row].ljust(_width(column)) if left else column[row].rjust(_width(column)))
+        lines.append(GAP.join(cells).rstrip())
+        if row:
+            entry = entries[row - 1]
+            said = [f"{metric}={_spread(entry, metric).replace(' ', '')}" for metric in below]
+            said += [_knob(name, entry[name]) for name in knobs if entry[name] is not None]
+            if said:
+                lines += _wrap(" ".join(said), first=INDENT, rest=INDENT)
+    return lines
+
+
+def _shown_metrics(table: pa.Table) -> list[str]:
+    by = _ranked_by(table).get("by", list(DEFAULT_METRICS))
+    names = [*by, *(name for name in ("coverage",) if name not in by)]
+    return [name for name in names if f"{name}_mean" in table.column_names]
+
+
+def _varying_knobs(table: pa.Table) -> list[str]:
+    return [
+        name
+        for name in config_columns(table)
+        if pc.count_distinct(table.column(name), mode="all").as_py() > 1
+    ]
+
+
+def _ranked_by(table: pa.Table) -> dict[str, Any]:
+    metadata = table.schema.metadata or {}
+    said = json.loads(metadata.get(RANKED_BY_KEY, b"{}"))
+    return dict(said)
+
+
+def _spread(entry: dict[str, Any], metric: str) -> str:
+    mean, std = entry[f"{metric}_mean"], entry[f"{metric}_std"]
+    if std is None or mean is None or math.isnan(mean):
+        return format_number(mean)
+    return f"{format_number(mean)} ± {std:.2g}"
+
+
+def _knob(name: str, value: Any) -> str:
+    text = format_number(value) if isinstance(value, float) else str(value).lower()
+    return f"{name.removeprefix(CONFIG_PREFIX)}={value if isinstance(value, str) else text}"
+
+
+def _sum(table: pa.Table, name: str) -> int:
+    return int(pc.sum(table.column(name)).as_py())
+
+
+def _width(column: list[str]) -> int:
+    return max(map(len, column))
+
+
+def _left_out(number: int, top: int | None, what: str) -> list[str]:
+    rest = 0 if top is None else number - top
+    return [f"     {rest} {what}"] if rest > 0 else []
+
+
+def _wrap(text: str, first: str = "", rest: str = "    ") -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
