@@ -103,7 +103,9 @@ class TensorBatches:
                 raise ValueError(f"{name} must be as saved ({state[name]}), got {getattr(self, name)}")
         saved = state["order_state"]
         if (saved is None) != (self.generator is None):
-            raise ValueError(f"order must be {'fixed' if saved is None else 'drawn'} as saved, this loader's is not")
+            raise ValueError(
+                f"order must be {'fixed' if saved is None else 'drawn'} as saved, this loader's is not"
+            )
         if self.generator is not None:
             self.generator.set_state(saved.cpu())
             self._order_state = saved.cpu().clone()

@@ -1,0 +1,191 @@
+"""From what a loader gives to what model and loss are called with.
+
+Decided here: which rows may be trained at all, and which of the trainer's facts a loss function is told.
+What a label means is decided in `scm.training.targets`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scm.layers.capability import check_tau_infer
+from scm.training.targets import SemanticTargets, lift_semantic_targets, lift_sentinel_targets, lift_targets
+
+FACTS = ("tau", "inputs", "targets", "epoch", "global_step", "loss_weights", "semantic_targets")
+_UNREACHABLE = "unreachable_by_construction"
+
+
+class Fed(NamedTuple):
+    """One batch, ready: `targets` as the loader gave them, `lifted` as (Y_n, Y_d), `rows` of the inputs."""
+
+    inputs: Any
+    targets: Any
+    lifted: tuple[Tensor, Tensor]
+    semantic: SemanticTargets | None
+    rows: int
+
+
+class LossCall:
+    """A loss function, and which of `FACTS` its signature takes.
+
+    A function that cannot be inspected, or that takes ``**kwargs``, is told all of them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        named, takes_any = _keyword_names(function)
+        self.names_semantic_targets = "semantic_targets" in named
+        self.takes_any = takes_any
+        self.facts = FACTS if takes_any else tuple(fact for fact in FACTS if fact in named)
+
+    def __call__(self, outputs: Any, fed: Fed, known: dict[str, Any]) -> Tensor:
+        """Return the loss; `known` holds tau, epoch, global_step and loss_weights."""
+        told: dict[str, Any] = {}
+        for fact in self.facts:
+            if fact == "inputs":
+                told[fact] = fed.inputs
+            elif fact == "targets":
+                told[fact] = fed.targets
+            elif fact == "semantic_targets":
+                told[fact] = fed.semantic
+            else:
+                told[fact] = known[fact]
+        return self.function(outputs, fed.lifted, **told)
+
+
+def _keyword_names(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset(), True
+    named = {item.name for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)}
+    return frozenset(named), any(item.kind is item.VAR_KEYWORD for item in parameters)
+
+
+class Feeder:
+    """Prepare batches for one model and one loss.
+
+    Takes (x, y), where nan and infinite y are bottoms; (x, y, labels), labels as strings or integer codes;
+    (x, SemanticTargets). Anything else is a TypeError. Rows whose status is missing or fault are never
+    trained: a loss that names `semantic_targets` masks them, one that takes ``**kwargs`` without naming it
+    does not get to see them, and for any other loss a batch with such rows is a ValueError.
+    """
+
+    def __init__(self, loss: LossCall, device: torch.device, *, unreachable: bool) -> None:
+        self._loss = loss
+        self._device = device
+        self._unreachable = unreachable
+
+    def prepare(self, batch: Any) -> Fed | None:
+        """Return the batch on the device, lifted; None when it has no row that may be trained."""
+        inputs, targets, semantic = self._parts(batch)
+        if semantic is None:
+            lifted = lift_targets(targets)
+            if self._unreachable and bool((lifted[1] == 0).any()):
+                raise ValueError(_UNREACHABLE_MESSAGE)
+            told = lift_sentinel_targets(targets) if self._loss.names_semantic_targets else None
+            return Fed(inputs, targets, lifted, told, _rows(inputs, targets))
+        if self._unreachable and bool(semantic.mask_bottom.any()):
+            raise ValueError(_UNREACHABLE_MESSAGE)
+        if not self._loss.names_semantic_targets:
+            kept = self._trainable_rows(semantic)
+            if kept is not None:
+                if not len(kept):
+                    return None
+                semantic = semantic.index(kept)
+                inputs = inputs.index_select(0, kept)
+                targets = targets.index_select(0, kept) if isinstance(targets, Tensor) else semantic
+        return Fed(inputs, targets, (semantic.Y_n, semantic.Y_d), semantic, _rows(inputs, semantic.Y_n))
+
+    def _parts(self, batch: Any) -> tuple[Any, Any, SemanticTargets | None]:
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            shape = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            raise TypeError(f"a batch must be (x, y), (x, y, labels) or (x, SemanticTargets), got {shape}")
+        inputs, targets = _moved(batch[0], self._device), batch[1]
+        if isinstance(targets, SemanticTargets):
+            if len(batch) == 3:
+                raise TypeError(
+                    "a batch with SemanticTargets must be (x, SemanticTargets), got a third entry"
+                )
+            if targets.Y_n.device != self._device:
+                targets = targets.to(self._device)
+            return inputs, targets, targets
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets must be a tensor or SemanticTargets, got {type(targets).__name__}")
+        targets = _moved(targets, self._device)
+        if len(batch) == 2:
+            return inputs, targets, None
+        labels = batch[2]
+        if isinstance(labels, Tensor):
+            labels = labels.to(self._device)
+        return inputs, targets, lift_semantic_targets(targets, labels)
+
+    def _trainable_rows(self, semantic: SemanticTargets) -> Tensor | None:
+        """Return the indices of the rows to keep; None when it is all of them."""
+        trained = semantic.mask_trained
+        if bool(trained.all()):
+            return None
+        if not self._loss.takes_any:
+            raise ValueError(
+                "loss_fn must take semantic_targets when rows are labelled missing or fault: "
+                "name it in its signature and mask the loss by semantic_targets.mask_trained, "
+                "or leave those rows out of the data"
+            )
+        per_row = trained.flatten(1) if trained.ndim > 1 else trained[:, None]
+        kept = per_row.any(1)
+        if bool((per_row.any(1) != per_row.all(1)).any()):
+            raise ValueError(
+                "loss_fn must name semantic_targets when only some outputs of a row are missing or fault"
+            )
+        return kept.nonzero().squeeze(1)
+
+
+_UNREACHABLE_MESSAGE = (
+    "the targets hold bottoms, but the model's head cannot reach |Q| < tau_infer by construction; "
+    "change the head, or set allow_bottom_unreachable=True if those labels are outside of the task"
+)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=True)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value
+
+
+def _rows(inputs: Any, targets: Tensor) -> int:
+    held = inputs if isinstance(inputs, Tensor) else targets
+    return int(held.shape[0]) if held.ndim else 1
+
+
+def bottom_is_unreachable(model: nn.Module, tau_infer: float) -> bool:
+    """Tell whether the model, or a module in it, says that it cannot answer bottom at `tau_infer`.
+
+    Raises ValueError when a `bottom_capability` answers with a word that is not known.
+    """
+    tau_infer = check_tau_infer(tau_infer)
+    return any(answer == _UNREACHABLE for answer in _capabilities(model, tau_infer))
+
+
+def _capabilities(model: nn.Module, tau_infer: float) -> Iterator[str]:
+    own = getattr(model, "bottom_capability", None)
+    asked = [model] if callable(own) else list(model.modules())
+    for module in asked:
+        method = getattr(module, "bottom_capability", None)
+        if not callable(method):
+            continue
+        answer = method(tau_infer)
+        if answer not in ("reachable", _UNREACHABLE):
+            raise ValueError(
+                f"bottom_capability must answer reachable or {_UNREACHABLE}, got {answer!r} "
+                f"of {type(module).__name__}"
+            )
+        yield answer

@@ -1,0 +1,497 @@
+"""One training loop: batches in, steps taken or refused, what each epoch says out.
+
+Decided here: the order of things in a step and in an epoch, and when a training ends. What a batch is, is
+decided in `feed`; which step is refused in `guard`; what is reported in `records` and `validation`; what a
+checkpoint keeps in `resume`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scm.autodiff.policies import GradientPolicy, gradient_policy, has_active_policy, policies_disabled
+from scm.seeding import generator
+from scm.training.bench import StepClock
+from scm.training.checkpoint import read_checkpoint, write_checkpoint
+from scm.training.config import TrainingConfig
+from scm.training.feed import Fed, Feeder, LossCall, bottom_is_unreachable
+from scm.training.gap import perturbed_threshold
+from scm.training.guard import StepGuard, count_non_finite
+from scm.training.objective import as_trainer_loss
+from scm.training.random_state import OwnRandomState, unmoved_random_state
+from scm.training.records import EpochRecords, counts_of, epoch_metrics, row_metrics
+from scm.training.resume import load_model_weights, put_trainer_state, replayed, trainer_state
+from scm.training.validation import Reducer, validate_model
+from scm.utils.logging import metric_log_record
+
+__all__ = ["EpochReport", "SCMTrainer", "TrainingConfig"]
+
+KEPT_THRESHOLDS = 1024
+NAN_KINDS = ("loss", "gradient", "output", "parameter")
+_END = object()
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch says when it is over.
+
+    train, val: metrics, exact over the epoch's samples; `val` (names begin with "val_") is None without
+    validation. bench: milliseconds a batch. nan_counts: since the training began. status: "running", or how
+    the training ended with this epoch: "completed", "stopped", "diverged".
+    """
+
+    epoch: int
+    train: dict[str, float]
+    val: dict[str, float] | None
+    bench: dict[str, float | int]
+    nan_counts: dict[str, int]
+    status: str
+
+
+class SCMTrainer:
+    """Train a model that answers (P, Q), and say how it went.
+
+    loss_fn(outputs, (Y_n, Y_d), **facts) returns a scalar; of the facts tau, inputs, targets, epoch,
+    global_step, loss_weights and semantic_targets it is told those that its signature names. An
+    `SCMTrainingLoss` may be given as it is. Batches: see `scm.training.feed.Feeder`.
+
+    A step whose loss or gradient is not finite is not taken: weights and optimizer state stay as they were,
+    the kind is counted in `nan_counts`, and more than `config.nonfinite_budget` such steps end the training
+    as "diverged". The host waits for the device once an epoch and where `log_hook` is due; which optimizers
+    need one more wait a step is said in `scm.training.guard`.
+
+    Differs from zeroproofml 0.6.1, beside that: coverage stops a training with and without `val_loader`;
+    validation decodes strictly at tau_infer; micro-batches weigh by their rows; rows labelled missing or
+    fault are never trained; a skipped step does not move the scheduler; the thresholds have a generator of
+    their own; a loader that can be read once only is refused for more than one epoch; checkpoints are atomic
+    and hold everything that an uninterrupted training would have known, in mid-epoch too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Callable[..., Tensor],
+        train_loader: Iterable[Any],
+        *,
+        scheduler: Any | None = None,
+        config: TrainingConfig | None = None,
+    ) -> None:
+        self.config = TrainingConfig() if config is None else config
+        self.device = torch.empty(0, device=self.config.device or "cpu").device
+        self.model = model.to(self.device)
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.train_loader = train_loader
+        self.scheduler = scheduler
+        self.controllers: dict[str, Any] = {}  # by name; anything with state_dict and load_state_dict
+        if hasattr(loss_fn, "state_dict") and hasattr(loss_fn, "load_state_dict"):
+            self.controllers["loss_fn"] = loss_fn
+        self.metric_reducers: dict[str, Reducer] = {}
+
+        self._loss = LossCall(as_trainer_loss(loss_fn))
+        unreachable = bottom_is_unreachable(model, self.config.tau_infer)
+        unreachable = unreachable and not self.config.allow_bottom_unreachable
+        self._feeder = Feeder(self._loss, self.device, unreachable=unreachable)
+        self.amp_dtype = self._amp_dtype()
+        scaled = self.amp_dtype is torch.float16
+        self.scaler = torch.amp.GradScaler("cuda") if scaled else None
+        follows_steps = scheduler is not None and self.config.scheduler_cadence == "per_optimizer_update"
+        self._guard = StepGuard(
+            optimizer,
+            self.device,
+            clip_norm=self.config.clip_norm,
+            scaler=self.scaler,
+            host_must_know=follows_steps,
+        )
+        self._check_scheduler()
+        self._random = OwnRandomState(self.config.seed, self.device)
+        self._tau_generator = generator(self.config.seed or 0, "tau")
+        self._clock = StepClock(self.device)
+        self._begin_history()
+
+    def _begin_history(self) -> None:
+        self.current_epoch = 0  # the next one to run, 0-based
+        self.global_step = 0  # micro-batches
+        self.optimizer_steps = 0  # taken, as far as the host knows
+        self.status = "running"
+        self.stop_reason = ""
+        self.nan_counts = dict.fromkeys(NAN_KINDS, 0)
+        self.last_thresholds: deque[float] = deque(maxlen=KEPT_THRESHOLDS)
+        self.train_history: list[dict[str, float]] = []
+        self.val_history: list[dict[str, float]] = []
+        self.bench_history: list[dict[str, float | int]] = []
+        self.best_epoch: int | None = None
+        self.best_val_loss = math.inf
+        self._best_state: dict[str, Any] | None = None
+        self._last_state: dict[str, Any] | None = None  # what `restore_best` replaced
+        self._coverage_bad_epochs = 0
+        self._position = 0  # micro-batches of the epoch under way
+        self._records = EpochRecords()
+        self._loader_start: dict[str, Any] | None = None
+        self._epoch_table: list[list[float]] = []
+        self._group_count = 0
+        self._group_rows = 0  # of the group's first micro-batch
+        self._group_weight = 0.0
+        self._parameters: list[Tensor] = []
+
+    def _amp_dtype(self) -> torch.dtype | None:
+        """Half precision in use: without CUDA, float16 has no scaler to keep it alive and is bfloat16."""
+        if not self.config.mixed_precision:
+            return None
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"mixed_precision needs a cpu or cuda device, got {self.device}")
+        return self.config.amp_dtype if self.device.type == "cuda" else torch.bfloat16
+
+    def _check_scheduler(self) -> None:
+        plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        cadence = self.config.scheduler_cadence
+        if plateau and cadence != "per_validation_metric":
+            warnings.warn(
+                f"ReduceLROnPlateau needs scheduler_cadence='per_validation_metric', is not stepped {cadence!r}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self.scheduler = None
+        if (
+            cadence == "per_validation_metric"
+            and self.scheduler is not None
+            and self.config.val_loader is None
+        ):
+            raise ValueError("scheduler_cadence='per_validation_metric' needs a val_loader")
+
+    # --- running ------------------------------------------------------------------------------------
+
+    def fit(self) -> list[dict[str, float]]:
+        """Train to the end; return the metrics of every micro-batch trained by this call, in order."""
+        logs: list[dict[str, float]] = []
+        for _ in self.epochs():
+            logs.extend(row_metrics(row) for row in self._epoch_table)
+        return logs
+
+    def epochs(self) -> Iterator[EpochReport]:
+        """Train, one epoch at a time: what a caller has not asked for is not run.
+
+        Goes on where the training stands, in mid-epoch too. Ends when max_epochs are done, when coverage has
+        been short for too long, or when the training has diverged; nothing more follows then, unless it was
+        completed and max_epochs is larger now.
+        """
+        if self.status == "completed" and self.current_epoch < self.config.max_epochs:
+            self._reopen()
+        left = self.config.max_epochs - self.current_epoch
+        if left > 1 and self.status == "running" and isinstance(self.train_loader, Iterator):
+            raise ValueError(
+                f"train_loader can be read once only, and {left} epochs are left: "
+                "give a list, a DataLoader or TensorBatches instead of an iterator"
+            )
+        while self.status == "running" and self.current_epoch < self.config.max_epochs:
+            yield self._run_epoch()
+
+    def _reopen(self) -> None:
+        self.status, self.stop_reason = "running", ""
+        if self._last_state is not None:
+            self.model.load_state_dict(self._last_state)
+            self._last_state = None
+
+    def _run_epoch(self) -> EpochReport:
+        epoch = self.current_epoch
+        self.model.train()
+        self._clock.begin_epoch()
+        with self._random.in_place():
+            self._train_epoch(epoch, self._facts(epoch))
+        self._epoch_table = self._records.table().tolist()
+        if not self._epoch_table:
+            again = "again: it can be read once only" if epoch else ""
+            raise ValueError(f"train_loader gave no rows to train on in epoch {epoch} {again}".rstrip())
+        self._count_epoch()
+        train = {**epoch_metrics(self._epoch_table), "lr": self._learning_rate()}
+        val = None if self.nan_counts["parameter"] else self.validate()
+        self._step_scheduler_after_epoch(val)
+        self._judge(epoch, train, val)
+        bench = self._clock.end_epoch(epoch)
+        self.train_history.append({**train, "epoch": float(epoch)})
+        self.bench_history.append(bench)
+        self._position, self._records, self._loader_start = 0, EpochRecords(), None
+        self.current_epoch = epoch + 1
+        if self.status == "running" and self.current_epoch >= self.config.max_epochs:
+            self.status, self.stop_reason = "completed", ""
+        if self.status != "running":
+            self._restore_best()
+        if val is not None and self.config.log_hook is not None:
+            self._log(val, phase="eval", epoch=epoch)
+        return EpochReport(epoch, train, val, bench, dict(self.nan_counts), self.status)
+
+    def _facts(self, epoch: int) -> dict[str, Any]:
+        weights = self.config.loss_weights
+        if self.config.loss_curriculum is not None:
+            weights = self.config.loss_curriculum.weights(epoch, weights)
+        return {
+            "epoch": epoch,
+            "global_step": self.global_step,
+            "loss_weights": weights,
+            "tau": self._tau_mid,
+        }
+
+    @property
+    def _tau_mid(self) -> float:
+        return 0.5 * (self.config.tau_train_min + self.config.tau_train_max)
+
+    # --- one epoch ----------------------------------------------------------------------------------
+
+    def _train_epoch(self, epoch: int, facts: dict[str, Any]) -> None:
+        self._parameters = list(self._all_parameters())
+        if self._position == 0:
+            self._clear_gradients()
+        asked = time.perf_counter()
+        iterator = self._open_loader()
+        with self._ungated():
+            while (batch := next(iterator, _END)) is not _END:
+                arrived = self._clock.begin_work()
+                fed = self._feeder.prepare(batch)
+                optim_s, taken = 0.0, None
+                trained = fed is not None and fed.rows > 0
+                if fed is not None and trained:
+                    self._accumulate(fed, facts)
+                full = self._group_count == self.config.gradient_accumulation_steps
+                if full:
+                    begun = time.perf_counter()
+                    taken = self._step()
+                    optim_s = time.perf_counter() - begun
+                self._clock.end_batch(arrived - asked, time.perf_counter() - arrived, optim_s, stepped=full)
+                self._position += 1
+                if trained:
+                    self._after_batch(epoch, refused=taken is False)
+                if self.status != "running":
+                    return
+                asked = time.perf_counter()
+            if self._group_count:
+                begun = time.perf_counter()
+                self._step()
+                self._clock.add_flush(time.perf_counter() - begun)
+
+    def _ungated(self) -> AbstractContextManager[None]:
+        """Leave no gates in the graph where no policy is asked for, neither here nor around the training."""
+        if self.config.gradient_policy is None and not has_active_policy():
+            return policies_disabled()
+        return nullcontext()
+
+    def _open_loader(self) -> Iterator[Any]:
+        """Iterate over the loader, from the batch after the last one trained in this epoch."""
+        if hasattr(self.train_loader, "state_dict") and hasattr(self.train_loader, "load_state_dict"):
+            if self._position:
+                self.train_loader.load_state_dict(self.train_loader.state_dict())
+            return iter(self.train_loader)
+        self._loader_start, iterator = replayed(
+            self.train_loader, self._random, self._loader_start, self._position
+        )
+        return iterator
+
+    def _accumulate(self, fed: Fed, facts: dict[str, Any]) -> None:
+        """Forward and backward pass of one micro-batch; its gradient joins the group's."""
+        self.global_step += 1
+        low, high = self.config.tau_train_min, self.config.tau_train_max
+        tau = perturbed_threshold(low, high, generator=self._tau_generator)
+        self.last_thresholds.append(tau)
+        facts["tau"], facts["global_step"] = tau, self.global_step
+        policy = self.config.gradient_policy
+        if isinstance(policy, GradientPolicy):
+            with gradient_policy(policy, tau=tau):
+                loss, outputs = self._forward_backward(fed, facts)
+        else:
+            loss, outputs = self._forward_backward(fed, facts)
+        self._records.add(loss.detach(), outputs, tau, fed.rows)
+
+    def _forward_backward(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
+        outputs = self._forward(fed.inputs)
+        loss = self._loss(outputs, fed, facts)
+        if loss.ndim:
+            raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
+        by_rows = self.config.accumulation_weighting == "samples"
+        self._group_rows = self._group_rows or fed.rows
+        # Relative to the first micro-batch, so that groups of equal ones are plain sums, as without weights.
+        weight = fed.rows / self._group_rows if by_rows else 1.0
+        self._group_weight += weight
+        self._group_count += 1
+        if self._guard.watch_loss(loss) and loss.requires_grad:
+            if self.scaler is not None:
+                self.scaler.scale(loss * weight).backward()
+            elif weight == 1.0:
+                loss.backward()
+            else:
+                loss.backward(gradient=torch.full_like(loss, weight))
+        return loss, outputs
+
+    def _forward(self, inputs: Any) -> Any:
+        """Run the model; under mixed precision it alone runs in half, and its outputs are widened."""
+        if self.amp_dtype is None:
+            return self.model(inputs)
+        with torch.autocast(self.device.type, dtype=self.amp_dtype):
+            outputs = self.model(inputs)
+        return _widened(outputs)
+
+    def _step(self) -> bool | None:
+        """End the group: take its optimizer step, or refuse it. None: only the device knows."""
+        taken = self._guard.step(self._parameters, self._group_weight)
+        self._clear_gradients()
+        self._group_count, self._group_rows, self._group_weight = 0, 0, 0.0
+        if taken is not False:
+            self.optimizer_steps += 1
+            if self.config.scheduler_cadence == "per_optimizer_update" and self.scheduler is not None:
+                self.scheduler.step()
+        elif self._guard.known_skips() > self.config.nonfinite_budget:
+            self._diverge(f"{self._guard.known_skips()} steps had a non-finite loss or gradient")
+        return taken
+
+    def _after_batch(self, epoch: int, *, refused: bool) -> None:
+        if self.config.scheduler_cadence == "per_batch" and self.scheduler is not None and not refused:
+            self.scheduler.step()
+        hook = self.config.log_hook
+        if hook is not None and self.global_step % self.config.log_interval == 0:
+            self._log(self._records.last(), phase="train", epoch=epoch)
+
+    def _log(self, metrics: dict[str, float], *, phase: str, epoch: int) -> None:
+        assert self.config.log_hook is not None
+        self.config.log_hook(metric_log_record(metrics, phase=phase, step=self.global_step, epoch=epoch))
+
+    def _all_parameters(self) -> Iterator[Tensor]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    # --- the end of an epoch ------------------------------------------------------------------------
+
+    def _count_epoch(self) -> None:
+        counted = counts_of(self._epoch_table)
+        self.nan_counts["loss"] += counted["loss"]
+        self.nan_counts["output"] += counted["output"]
+        self.nan_counts["gradient"] = self._guard.skips()["gradient"]
+        state = [*self.model.parameters(), *self.model.buffers()]
+        self.nan_counts["parameter"] = count_non_finite(item for item in state if item.is_floating_point())
+
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def validate(self) -> dict[str, float] | None:
+        """Return the metrics on `val_loader`, decoded strictly at tau_infer; None without one or rows in it.
+
+        The random states are left as they were, so that looking does not change the training.
+        """
+        if self.config.val_loader is None:
+            return None
+        facts = {**self._facts(self.current_epoch), "tau": self._tau_mid}
+        with unmoved_random_state(self.device):
+            found = validate_model(
+                self.model,
+                self._loss,
+                self._feeder,
+                self.config.val_loader,
+                known=facts,
+                tau_infer=self.config.tau_infer,
+                forward=self._forward,
+                reducers=self.metric_reducers,
+            )
+        if found is None:
+            return None
+        metrics, faults = found
+        self.nan_counts["output"] += faults
+        val = {f"val_{name}": value for name, value in metrics.items()}
+        val["epoch"] = float(self.current_epoch)
+        return val
+
+    def _step_scheduler_after_epoch(self, val: dict[str, float] | None) -> None:
+        cadence = self.config.scheduler_cadence
+        if self.scheduler is None:
+            return
+        if cadence == "per_epoch":
+            self.scheduler.step()
+        elif cadence == "per_validation_metric" and val is not None:
+            if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                # What it minimises is the loss; asked to maximise, it can only mean coverage.
+                self.scheduler.step(val["val_loss" if self.scheduler.mode == "min" else "val_coverage"])
+            else:
+                self.scheduler.step()
+
+    def _judge(self, epoch: int, train: dict[str, float], val: dict[str, float] | None) -> None:
+        """Note the best epoch, and end the training if it has diverged or covers too little for too long."""
+        skipped = sum(self._guard.skips().values())
+        if self.nan_counts["parameter"]:
+            self._diverge(f"{self.nan_counts['parameter']} parameters are not finite")
+        elif self.status == "running" and skipped > self.config.nonfinite_budget:
+            self._diverge(f"{skipped} steps had a non-finite loss or gradient")
+        if val is not None:
+            self.val_history.append(val)
+            if val["val_loss"] < self.best_val_loss:
+                self.best_epoch, self.best_val_loss = epoch, val["val_loss"]
+                if self.config.restore_best:
+                    self._best_state = _copied(self.model.state_dict())
+        coverage = train["coverage"] if val is None else val["val_coverage"]
+        short = coverage < self.config.coverage_threshold
+        self._coverage_bad_epochs = self._coverage_bad_epochs + 1 if short else 0
+        if self.status == "running" and self._coverage_bad_epochs >= self.config.coverage_patience:
+            self.status = "stopped"
+            self.stop_reason = (
+                f"coverage below {self.config.coverage_threshold} for {self._coverage_bad_epochs} epochs"
+            )
+
+    def _diverge(self, reason: str) -> None:
+        self.status, self.stop_reason = "diverged", reason
+
+    def _restore_best(self) -> None:
+        if self.config.restore_best and self._best_state is not None:
+            self._last_state = _copied(self.model.state_dict())
+            self.model.load_state_dict(self._best_state)
+
+    # --- what callers ask ---------------------------------------------------------------------------
+
+    @property
+    def best_metric(self) -> float | None:
+        """The highest validated coverage so far; None before the first validation."""
+        return max((val["val_coverage"] for val in self.val_history), default=None)
+
+    @property
+    def step_time_ms(self) -> float:
+        """The median time of one optimizer step after warm-up, in milliseconds; nan before there is one."""
+        return self._clock.step_time_ms
+
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that going on needs, atomically; from `log_hook` also, in mid-epoch."""
+        write_checkpoint(path, trainer_state(self))
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Take up the training that `path` holds: what follows equals what would have followed there.
+
+        Nothing is changed unless all of it fits. Raises FileNotFoundError, or CheckpointError when the file
+        is damaged, of another kind, model or optimizer, or of another config, naming the fields that differ;
+        `max_epochs` may be another one.
+        """
+        put_trainer_state(self, read_checkpoint(path, map_location="cpu"))
+
+    def load_model_state(self, path: str | os.PathLike[str]) -> None:
+        """Take the model's weights alone from a checkpoint."""
+        load_model_weights(self.model, read_checkpoint(path, map_location="cpu"))
+
+
+def _widened(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+    if isinstance(outputs, (tuple, list)):
+        return tuple(_widened(item) for item in outputs)
+    return outputs
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: item.detach().clone() if isinstance(item, Tensor) else item for name, item in state.items()}
