@@ -1,0 +1,102 @@
+"""Noisy dose-response curves whose IC50 may lie outside the measured doses, and how calls are scored.
+
+Only NumPy: what a curve is, how curves are drawn, and the three-way score (below, in range, above).
+The task that trains on them is `trainables.tasks.dose`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+BELOW, IN_RANGE, ABOVE = 0, 1, 2
+LOG_DOSES: Floats = np.linspace(-9.0, -5.0, 10)
+LOG_LOW, LOG_HIGH = -9.0, -5.0
+# Between the regimes lie gaps of 1.4 decades, so that being in range is never a matter of noise.
+REGIMES: tuple[tuple[float, float], ...] = ((-13.0, -10.2), (-8.8, -5.2), (-3.8, -1.0))
+NULL_SHARE = 0.10
+NOISE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class DoseRows:
+    """Curves `x` (N, 20) as interleaved (log10 dose, response), and answers `y` (N, 5), both float32.
+
+    The columns of `y`: log10 IC50, class (0 below, 1 in range, 2 above), log10 IC50 clamped to the doses,
+    and the projective target (Y_n, Y_d): (-1, 0) below, (log10 IC50, 1) in range, (+1, 0) above.
+    """
+
+    x: npt.NDArray[np.float32]
+    y: npt.NDArray[np.float32]
+
+
+def hill(
+    dose: npt.ArrayLike, ic50: npt.ArrayLike, slope: npt.ArrayLike, e_min: npt.ArrayLike, e_max: npt.ArrayLike
+) -> Floats:
+    """Response E(C) = Emin + (Emax - Emin) / (1 + (C / IC50)^h), in float64."""
+    ratio = np.asarray(dose, dtype=np.float64) / np.asarray(ic50, dtype=np.float64)
+    low, high = np.asarray(e_min, dtype=np.float64), np.asarray(e_max, dtype=np.float64)
+    return np.asarray(low + (high - low) / (1.0 + ratio ** np.asarray(slope, dtype=np.float64)))
+
+
+def draw_dose_rows(count: int, rng: np.random.Generator, *, balanced: bool = False) -> DoseRows:
+    """Draw `count` curves; `balanced` makes the three regimes equally frequent (to within one curve).
+
+    One curve in ten has no effect at all: it is flat near zero and is labelled above, whatever its regime
+    was. It looks like a saturated curve of the regime below, so no rule reaches a macro-F1 over 0.9048.
+    """
+    regime = rng.permutation(np.arange(count) % 3) if balanced else rng.integers(0, 3, size=count)
+    low, high = np.asarray(REGIMES).T
+    log_ic50 = rng.uniform(low[regime], high[regime])
+    slope = rng.uniform(0.8, 1.5, size=count)
+    e_min = rng.normal(0.0, 0.02, size=count)
+    e_max = rng.normal(1.0, 0.02, size=count)
+    null = rng.random(count) < NULL_SHARE
+    e_max = np.where(null, e_min + rng.normal(0.0, 0.01, size=count), e_max)
+    label = np.where(null, ABOVE, regime)
+
+    clean = hill(10.0**LOG_DOSES, 10.0 ** log_ic50[:, None], slope[:, None], e_min[:, None], e_max[:, None])
+    observed = clean + rng.normal(0.0, NOISE, size=clean.shape)
+    x = np.stack([np.broadcast_to(LOG_DOSES, clean.shape), observed], axis=-1).reshape(count, -1)
+
+    in_range = label == IN_RANGE
+    clamped = np.select([label == BELOW, in_range], [LOG_LOW, log_ic50], default=LOG_HIGH)
+    y_n = np.select([label == BELOW, in_range], [-1.0, log_ic50], default=1.0)
+    y = np.stack([log_ic50, label, clamped, y_n, in_range], axis=-1)
+    return DoseRows(x.astype(np.float32), y.astype(np.float32))
+
+
+def three_way_scores(truth: npt.ArrayLike, called: npt.ArrayLike) -> dict[str, float]:
+    """Precision, recall and F1 of each class, their macro-F1, and the two rates of confusing in and out.
+
+    Classes are 0 below, 1 in range, 2 above; any other called value counts as a call of no class. A class
+    that is neither called nor true scores 0. `false_censored_rate_on_in_range` is the share of in-range
+    curves called out of range, `false_in_range_rate_on_censored` the reverse; nan where no such curve is.
+    """
+    t, c = np.asarray(truth).ravel(), np.asarray(called).ravel()
+    if t.shape != c.shape:
+        raise ValueError(f"truth and called must have equal lengths, got {t.size} and {c.size}")
+    scores: dict[str, float] = {}
+    for label in (BELOW, IN_RANGE, ABOVE):
+        hits = float(np.sum((t == label) & (c == label)))
+        precision = _share(hits, float(np.sum(c == label)), empty=0.0)
+        recall = _share(hits, float(np.sum(t == label)), empty=0.0)
+        scores[f"prec_c{label}"], scores[f"rec_c{label}"] = precision, recall
+        scores[f"f1_c{label}"] = _share(2.0 * precision * recall, precision + recall, empty=0.0)
+    scores["macro_f1"] = sum(scores[f"f1_c{label}"] for label in (BELOW, IN_RANGE, ABOVE)) / 3.0
+    inside, nan = t == IN_RANGE, float("nan")
+    scores["false_censored_rate_on_in_range"] = _share(
+        float(np.sum(inside & (c != IN_RANGE))), float(np.sum(inside)), empty=nan
+    )
+    scores["false_in_range_rate_on_censored"] = _share(
+        float(np.sum(~inside & (c == IN_RANGE))), float(np.sum(~inside)), empty=nan
+    )
+    return scores
+
+
+def _share(part: float, whole: float, *, empty: float) -> float:
+    return part / whole if whole > 0.0 else empty

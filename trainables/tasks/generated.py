@@ -1,0 +1,86 @@
+"""What the tasks with generated data share: sizes by name, and where each split's randomness comes from.
+
+The problems themselves are in `dose`, `rf` and `rr_ik`, each with a `_data` module that draws its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scm.seeding import seed_for
+from trainables.tasks.protocol import TaskError, check_params, nearest
+
+_COMMON = ("size", "n_train", "n_val", "n_test", "data_seed", "redraw_data")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnData:
+    """How much is drawn, and from which seed; valid once built.
+
+    `data_seed` fixes the data for all trials, so that trials of a sweep differ in training alone. With
+    `redraw_data` each trial's seed draws data of its own instead, so that the spread over seeds is the spread
+    over data as well; selection on validation then sees another draw at each seed.
+    """
+
+    n_train: int
+    n_val: int
+    n_test: int
+    data_seed: int = 0
+    redraw_data: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_train", "n_val", "n_test"):
+            check_count(name, getattr(self, name), least=1)
+        check_count("data_seed", self.data_seed, least=0)
+        if not isinstance(self.redraw_data, bool):
+            raise TaskError(f"redraw_data must be true or false, got {self.redraw_data!r}")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.n_train, self.n_val, self.n_test
+
+    def seed_of(self, trial_seed: int) -> int:
+        """The seed of the data that a trial of `trial_seed` sees."""
+        return seed_for(trial_seed, f"data {self.data_seed}") if self.redraw_data else self.data_seed
+
+    def stream(self, task: str, part: str, trial_seed: int) -> np.random.Generator:
+        """An independent generator per task, part and data seed: no two splits ever share draws."""
+        return np.random.default_rng(seed_for(self.seed_of(trial_seed), f"{task} {part}"))
+
+
+def parse_drawn_data(
+    task: str, params: Mapping[str, Any], sizes: Mapping[str, tuple[int, int, int]], own: tuple[str, ...] = ()
+) -> DrawnData:
+    """Read the common parameters of a generated task; `TaskError` names the first that is wrong.
+
+    `size` names one of `sizes` ("quick" when absent); n_train, n_val and n_test replace its numbers one by
+    one. `own` are the parameters that the task itself reads.
+    """
+    check_params(task, params, (*_COMMON, *own))
+    size = params.get("size", "quick")
+    if size not in sizes:
+        raise TaskError(f"unknown size {size!r} of the task {task!r}{nearest(str(size), sizes)}")
+    counts = dict(zip(("n_train", "n_val", "n_test"), sizes[size], strict=True))
+    return DrawnData(**{**counts, **{key: params[key] for key in params if key in _COMMON[1:]}})
+
+
+def check_count(name: str, value: object, *, least: int) -> None:
+    """Raise `TaskError` unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise TaskError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise `TaskError` unless `value` is one of the `known` words."""
+    if value not in known:
+        raise TaskError(f"unknown {name} {value!r}{nearest(str(value), known)}")
+
+
+def check_real(name: str, value: object, *, above: float) -> None:
+    """Raise `TaskError` unless `value` is a finite number greater than `above`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not above < value < float("inf"):
+        raise TaskError(f"{name} must be a number > {above}, got {value!r}")
