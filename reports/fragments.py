@@ -26,7 +26,7 @@ from reports.schema import KIND_KEY, PACKAGE_KEY, SCHEMA_VERSION, VERSION_KEY, n
 
 FRAGMENT_ROWS = 500
 # A flush that costs less than this is made at every append; a dearer one at most every FLUSH_INTERVAL_S.
-CHEAP_FLUSH_S = 0.05
+CHEAP_FLUSH_S = 0.25
 FLUSH_INTERVAL_S = 1.0
 
 
