@@ -1,0 +1,98 @@
+"""The coverage terms: how often the model may answer bottom. The hard one measures, the soft one trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scm.autodiff.policies import GradientPolicy, get_policy
+from scm.losses.rowwise import as_rows_of, check_at_least_zero, reduce_rows
+
+
+def coverage(outputs: Tensor, is_bottom: Tensor, *, policy: GradientPolicy | None = None) -> Tensor:
+    """Return the share of entries that are not bottom: 0-d float32, detached; 1 for no entries.
+
+    outputs and policy are accepted for the signature of the field; a mask has no gradient to treat.
+    """
+    return 1.0 - _bottom_share(is_bottom)
+
+
+def rejection_loss(
+    is_bottom: Tensor, target_coverage: float | Tensor = 0.95, *, policy: GradientPolicy | None = None
+) -> Tensor:
+    """Return ``relu(target_coverage - coverage)^2``, 0-d float32: a measurement, it has no gradient.
+
+    target_coverage: in [0, 1] (ValueError; zeroproofml 0.6.1 does not check). Under the policy REJECT the
+    loss is 0. An empty mask has coverage 1. `soft_coverage_loss` is the form that trains.
+    """
+    check_share("target_coverage", target_coverage)
+    policy = get_policy("rejection_loss") if policy is None else policy
+    shortfall = (target_coverage - 1.0 + _bottom_share(is_bottom)).clamp(min=0)
+    if policy is GradientPolicy.REJECT:
+        return torch.zeros_like(shortfall)
+    return shortfall * shortfall
+
+
+def soft_coverage_loss(
+    Q: Tensor,
+    tau: float | Tensor,
+    temperature: float | Tensor,
+    target: float | Tensor,
+    mode: str = "under",
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return ``relu(target - mean(sigmoid((|Q| - tau) / temperature)))^2``, which trains coverage.
+
+    tau >= 0, temperature > 0, target in [0, 1]; mode: only "under". mask: entries to count, all by default;
+    with none the loss is 0. Never gated: under the policy REJECT a model learns through this term alone.
+
+    Differs from zeroproofml 0.6.1: at Q = 0 the gradient is the one-sided derivative, so that exact zeros
+    are pushed out, to the side of their sign bit. A nan in a counted entry makes loss and gradients nan.
+    """
+    if mode != "under":
+        raise ValueError(f"mode must be 'under', got {mode=}")
+    check_at_least_zero("tau", tau)
+    check_at_least_zero("temperature", temperature)
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        raise ValueError(f"temperature must be > 0, got {temperature=}")
+    check_share("target", target)
+    return reduce_rows(soft_coverage_kernel, Q, tau, temperature, target, mask)
+
+
+def soft_coverage_kernel(
+    Q: Tensor,
+    tau: float | Tensor,
+    temperature: float | Tensor,
+    target: float | Tensor,
+    mask: Tensor | None,
+    *,
+    with_gradients: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Kernel of the squared shortfall of the soft coverage."""
+    accepted = torch.sigmoid((Q.abs() - tau) / temperature)
+    if mask is None:
+        share: Tensor | float = 1.0 / max(Q.numel(), 1)
+        missing = target if Q.numel() else 0.0
+    else:
+        count = mask.sum()
+        share = count.clamp(min=1).to(Q.dtype).reciprocal()
+        missing = torch.where(count > 0, target, 0.0)
+        accepted = torch.where(mask, accepted, 0.0)
+    shortfall = (missing - accepted.sum() * share).clamp(min=0)
+    loss = shortfall * shortfall
+    if not with_gradients:
+        return loss, ()
+    slope = torch.copysign(torch.addcmul(accepted, accepted, accepted, value=-1), Q)
+    return loss, (as_rows_of(slope * (shortfall * (-2.0 * share / temperature)), mask, Q),)
+
+
+def check_share(name: str, value: float | Tensor) -> None:
+    """Raise ValueError unless a plain number lies in [0, 1]; tensors are trusted, never read."""
+    if not isinstance(value, Tensor) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {name}={value!r}")
+
+
+def _bottom_share(is_bottom: Tensor) -> Tensor:
+    bottoms = is_bottom.detach().to(torch.float32)
+    return bottoms.mean() if bottoms.numel() else bottoms.sum()

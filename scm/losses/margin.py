@@ -1,0 +1,68 @@
+"""The margin term: denominators of finite rows stay away from zero."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scm.autodiff.policies import gate_denominator
+from scm.losses.rowwise import as_rows_of, bool_mask, check_at_least_zero, reduce_rows
+
+MarginReduction = Literal["population", "conditional"]
+REDUCTIONS: tuple[MarginReduction, ...] = ("population", "conditional")
+
+
+def margin_loss(
+    Q: Tensor,
+    tau_train: float | Tensor = 1e-4,
+    mask_finite: Tensor | None = None,
+    *,
+    reduction: MarginReduction = "population",
+) -> Tensor:
+    """Return the mean of ``relu(tau_train - |Q|)^2`` over the finite rows.
+
+    mask_finite: expands to Q; other entries count 0. reduction: "population" divides by all entries,
+    "conditional" by the finite ones (at least 1). An empty Q gives 0.
+
+    Differs from zeroproofml 0.6.1: at Q = 0 the gradient is the one-sided derivative, so that an exact zero
+    is pushed out, to the side of its sign bit.
+    """
+    check_at_least_zero("tau_train", tau_train)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction=}")
+    mask = None if mask_finite is None else bool_mask("mask_finite", mask_finite, Q)
+    Q = gate_denominator(Q, tau=tau_train)
+    return reduce_rows(below_kernel, Q, tau_train, mask, reduction == "conditional")
+
+
+def below_kernel(
+    Q: Tensor, tau: float | Tensor, mask: Tensor | None, conditional: bool, *, with_gradients: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Kernel of the mean of ``relu(tau - |Q|)^2``."""
+    return _mean_square((tau - Q.abs()).clamp(min=0), Q, -2.0, mask, conditional, with_gradients)
+
+
+def above_kernel(
+    Q: Tensor, tau: float | Tensor, mask: Tensor | None, conditional: bool, *, with_gradients: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Kernel of the mean of ``relu(|Q| - tau)^2``; what is too large to be squared counts as the largest."""
+    largest = math.sqrt(torch.finfo(Q.dtype).max / max(Q.numel(), 1)) / 2
+    return _mean_square((Q.abs() - tau).clamp(min=0, max=largest), Q, 2.0, mask, conditional, with_gradients)
+
+
+def _mean_square(
+    excess: Tensor, Q: Tensor, slope: float, mask: Tensor | None, conditional: bool, with_gradients: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if mask is not None:
+        excess = torch.where(mask, excess, 0.0)
+    share: Tensor | float = 1.0 / max(excess.numel(), 1)
+    if conditional and mask is not None:
+        share = mask.sum().clamp(min=1).to(excess.dtype).reciprocal()
+    loss = torch.dot(excess.flatten(), excess.flatten()) * share
+    if not with_gradients:
+        return loss, ()
+    # copysign, unlike the derivative of |Q|, has no zero at zero.
+    return loss, (as_rows_of(torch.copysign(excess, Q) * (slope * share), None, Q),)

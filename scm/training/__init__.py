@@ -1,0 +1,20 @@
+"""How one model is trained: targets, thresholds, curricula, sampling, the trainer."""
+
+from __future__ import annotations
+
+from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
+from scm.training.gap import perturbed_threshold
+from scm.training.targets import SemanticTargets, lift_semantic_targets, lift_targets
+from scm.training.trainer import EpochReport, SCMTrainer, TrainingConfig
+
+__all__ = [
+    "EpochReport",
+    "LinearRamp",
+    "LossWeightsCurriculum",
+    "SCMTrainer",
+    "SemanticTargets",
+    "TrainingConfig",
+    "lift_semantic_targets",
+    "lift_targets",
+    "perturbed_threshold",
+]
