@@ -1,21 +1,27 @@
 """The plan: what one sweep is to do, parsed once from YAML into typed, frozen settings.
 
-Every mistake in a plan is reported at once, each with file, line and column. Whether the space, the task's
-data and the machine can do what the plan asks is decided elsewhere (`harness.sweep`).
+Every mistake in a plan is reported at once, each with file, line and column. Whether the task's data and the
+machine can do what the plan asks is decided elsewhere (`harness.sweep`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from harness.errors import UserError, nearest, one_line
 from harness.yaml_text import Document, KeyPath, read_yaml, write_yaml
+from reports.metrics import SHORTFALL, parse_metric
+from search_spaces.errors import SpaceError
+from search_spaces.named import SPACES, parse_space
+from search_spaces.space import Space
+from trainables.configs import KNOB_TYPES, resolve_config
 
 Scalar = bool | int | float | str | None
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -48,8 +54,10 @@ class SearchSection(Section):
     configs: Count = 16
     batch: Count = 8
     seed: Seed = 0
-    points_per_float: Annotated[int, Field(ge=2)] = 3  # read by the grid alone
-    objectives: Annotated[list[str], Field(min_length=1)] = ["charged_error"]
+    objectives: Annotated[list[str], Field(min_length=1)] = ["coverage_shortfall", "accepted_error"]
+    points_per_range: Annotated[int, Field(ge=1)] = 3  # grid alone
+    startup: Count = 10  # tpe alone: configs before the first that is learned
+    scalarisation: Literal["lexicographic", "weighted", "total"] = "lexicographic"  # tpe alone
 
 
 class HalvingSection(Section):
@@ -64,13 +72,13 @@ class HalvingSection(Section):
     @classmethod
     def check_rungs(cls, rungs: list[int]) -> list[int]:
         """Rungs are epochs, each later than the one before."""
-        if any(later <= earlier for earlier, later in zip(rungs, rungs[1:], strict=False)):
+        if any(later <= earlier for earlier, later in itertools.pairwise(rungs)):
             raise ValueError(f"rungs must increase, got {rungs}")
         return rungs
 
 
 class ResourcesSection(Section):
-    """What one trial may use, how many run at once (None: as many as fit), how often a lost one is retried."""
+    """What one trial may use, how many run at once (None: all that fit), how often a lost one is retried."""
 
     cpus_per_trial: Annotated[float, Field(gt=0, strict=False)] = 1.0
     gpus_per_trial: Annotated[float, Field(ge=0, strict=False)] = 0.0
@@ -89,7 +97,7 @@ class Plan(Section):
     """One sweep, wholly: the same plan gives the same rows on any machine with the same library versions."""
 
     task: TaskSection
-    space: list[str] | dict[str, Any]
+    space: str | list[str] | dict[str, Any]
     config: dict[str, Scalar] = {}
     search: SearchSection = SearchSection()
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
@@ -115,20 +123,155 @@ class Plan(Section):
         return values
 
 
+# What an epoch says, and halving can compare; a task adds its own as metric.<name>.
+HISTORY_METRICS = (
+    "loss",
+    "val_loss",
+    "coverage",
+    "accepted_error",
+    "charged_error",
+    "false_accept_rate",
+    "false_reject_rate",
+)
+
 # What may change between a run and its continuation without changing a single row.
 FREE_TO_CHANGE = (("base_dir",), ("resources", "max_concurrent"), ("resources", "retries"))
 
 
 def load_plan(path: Path) -> Plan:
-    """Parse a plan file; every mistake in it is a line of one `UserError`, with file, line and column."""
+    """Parse a plan file; every mistake in it is a line of one `UserError`, with file, line and column.
+
+    The plan that is returned says everything: the space holds its domains instead of names, `config` a value
+    for every knob that does not vary, `base_dir` an absolute path. Its text parses to the same plan.
+    """
     document = read_yaml(path)
     try:
         plan = Plan.model_validate(document.values)
     except ValidationError as error:
-        lines = [problem_line(document, problem) for problem in error.errors(include_url=False)]
-        raise UserError(lines[0], more=lines[1:]) from None
+        raise_lines([problem_line(document, problem) for problem in error.errors(include_url=False)])
+    space = read_space(plan, document)
+    check_knobs(plan, space, document)
+    check_names(plan, document)
+    varying = set(space.domains) - set(plan.config)
+    fixed = {name: value for name, value in resolve_config({}).items() if name not in varying}
     base = (path.resolve().parent / plan.base_dir).resolve()
-    return plan.model_copy(update={"base_dir": str(base)})
+    plan = plan.model_copy(
+        update={"base_dir": str(base), "space": space.to_plain(), "config": {**fixed, **plan.config}}
+    )
+    check_samples(plan, document)
+    return plan
+
+
+def plan_space(plan: Plan) -> Space:
+    """The space that configs are drawn from: the plan's, with every knob that is in its `config` held fixed.
+
+    The orders between knobs that every training asks for (tau_infer <= tau_train_min and so on) hold in it
+    also where the plan's own space does not mention them.
+    """
+    space = parse_space(plan.space).with_fixed(plan.config)
+    orders = [
+        order
+        for order in SPACES["default"].constraints
+        if order.smaller in space.domains and order.larger in space.domains
+    ]
+    return Space(space.name, space.domains, [*space.constraints, *orders], description=space.description)
+
+
+def read_space(plan: Plan, document: Document) -> Space:
+    """The space that the plan names or spells out; what is wrong with it is a `UserError`."""
+    try:
+        return parse_space(plan.space)
+    except SpaceError as error:
+        raise_lines([f"{knob_place(document, problem)}: {problem}" for problem in error.problems])
+
+
+def knob_place(document: Document, problem: str) -> str:
+    """The place of the knob or space that a sentence speaks of first, else of the plan's space."""
+    for word in problem.replace("'", " ").replace(":", " ").split():
+        for path, place in document.value_places.items():
+            inside = len(path) > 1 and path[0] in ("space", "config")
+            if inside and word in (path[-1], document.value_at(path)):
+                return f"{document.path}:{place[0]}:{place[1]}"
+    return document.place(("space",))
+
+
+def check_knobs(plan: Plan, space: Space, document: Document) -> None:
+    """Refuse knobs that no training reads."""
+    lines = [
+        f"{knob_place(document, name)}: unknown knob {name!r}{nearest(name, KNOB_TYPES)}"
+        for name in space.domains
+        if name not in KNOB_TYPES
+    ]
+    lines += [
+        f"{document.place(('config', name), key=True)}: unknown knob {name!r}{nearest(name, KNOB_TYPES)}"
+        for name in plan.config
+        if name not in KNOB_TYPES
+    ]
+    if lines:
+        raise_lines(lines)
+
+
+def check_names(plan: Plan, document: Document) -> None:
+    """Refuse names that stand for nothing: search algorithm, objectives, ranking metrics, halving metric."""
+    lines = []
+    for index, text in enumerate(plan.ranking.by or []):
+        try:
+            parse_metric(text)
+        except ValueError as error:
+            lines.append(f"{document.place(('ranking', 'by', index))}: {one_line(error)}")
+    for index, text in enumerate(plan.search.objectives):
+        at = document.place(("search", "objectives", index))
+        try:
+            if parse_metric(text).direction != "lower":
+                lines.append(f"{at}: an objective must be better when lower, got {text!r}")
+        except ValueError as error:
+            lines.append(f"{at}: {one_line(error)}")
+    if plan.search.scalarisation != "total" and plan.search.objectives[0] != SHORTFALL:
+        at = document.place(("search", "objectives"))
+        lines.append(
+            f"{at}: scalarisation {plan.search.scalarisation!r} needs {SHORTFALL!r} as its first objective; "
+            "use 'total' for others"
+        )
+    halving = plan.halving
+    if halving is not None and not (
+        halving.metric in HISTORY_METRICS or halving.metric.startswith("metric.")
+    ):
+        at = document.place(("halving", "metric"))
+        hint = nearest(halving.metric, HISTORY_METRICS)
+        lines.append(f"{at}: no epoch reports {halving.metric!r}{hint} (known: {', '.join(HISTORY_METRICS)})")
+    if lines:
+        raise_lines(lines)
+
+
+def check_samples(plan: Plan, document: Document) -> None:
+    """Refuse a space whose first, middle and last config no training accepts: a value, or an order of two."""
+    inverted = [
+        f"{document.place(('config', order.larger))}: {order} must hold, "
+        f"got {plan.config[order.smaller]!r} > {plan.config[order.larger]!r}"
+        for order in SPACES["default"].constraints
+        if is_above(plan.config.get(order.smaller), plan.config.get(order.larger))
+    ]
+    if inverted:
+        raise_lines(inverted)
+    try:
+        space = plan_space(plan)
+    except SpaceError as error:
+        raise_lines([f"{knob_place(document, problem)}: {problem}" for problem in error.problems])
+    for u in (0.0, 0.5, 1.0):
+        try:
+            resolve_config(space.sample([u] * len(space.dimensions)))
+        except (ValueError, TypeError) as error:
+            raise_lines([f"{knob_place(document, one_line(error))}: {one_line(error)}"])
+
+
+def is_above(low: Scalar, high: Scalar) -> bool:
+    """Whether both are numbers and the first is the larger."""
+    return isinstance(low, int | float) and isinstance(high, int | float) and low > high
+
+
+def raise_lines(lines: Sequence[str]) -> NoReturn:
+    """Raise one `UserError` with these lines."""
+    raise UserError(lines[0], more=lines[1:])
 
 
 def problem_line(document: Document, problem: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""YAML files as plain values with the place of each value, so that an error can name file, line and column."""
+"""YAML files as plain values, with the place of each so that an error can name file, line and column."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ class Document:
     values: Any
     key_places: Mapping[KeyPath, tuple[int, int]] = field(default_factory=dict)
     value_places: Mapping[KeyPath, tuple[int, int]] = field(default_factory=dict)
+
+    def value_at(self, at: KeyPath) -> Any:
+        """The plain value at a path, or None where there is none."""
+        node = self.values
+        for part in at:
+            in_list = isinstance(node, list) and isinstance(part, int) and part < len(node)
+            if not in_list and not (isinstance(node, dict) and part in node):
+                return None
+            node = node[part]
+        return node
 
     def place(self, at: KeyPath, *, key: bool = False) -> str:
         """`file:line:column` of the value (or its key) at the path, or of the nearest part that is there."""
@@ -75,7 +85,7 @@ def to_plain(
     keys: dict[KeyPath, tuple[int, int]],
     values: dict[KeyPath, tuple[int, int]],
 ) -> Any:
-    """The node as dict, list, str, int, float, bool or None; the places met on the way go into the two maps."""
+    """The node as dict, list, str, int, float, bool or None; places met on the way go into the two maps."""
     if isinstance(node, CommentedMap):
         plain = {}
         for key, value in node.items():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.cli.arguments import CommandParser
-from harness.errors import EXIT_INTERRUPTED, EXIT_NOTHING_COMPLETED, EXIT_OK
+from harness.errors import EXIT_INTERRUPTED
 
 TOP = 10
 
@@ -48,10 +48,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"interrupted: {result.rows} rows kept in {out}; go on with: {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
-    from reports.text import render_leaderboard
+    from harness.cli.rank import run
 
-    print(render_leaderboard(result.leaderboard, options.top))
-    if not result.completed_configs:
-        print(f"error: no config of {out} has a completed trial", file=sys.stderr)
-        return EXIT_NOTHING_COMPLETED
-    return EXIT_OK
+    return run(out, top=options.top)

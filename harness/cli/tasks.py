@@ -1,8 +1,7 @@
-"""`scm-harness tasks`: the tasks that a plan can name, each with its first line of documentation."""
+"""`scm-harness tasks`: the tasks that a plan can name, each with one line on what it is."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 from harness.cli.arguments import CommandParser
@@ -15,12 +14,9 @@ def main(argv: Sequence[str]) -> int:
 
     from trainables.tasks.registry import TASKS
 
-    width = max(map(len, TASKS))
-    for name, make in TASKS.items():
-        summary = (inspect.getdoc(make) or "").partition("\n")[0]
-        print(f"{name:<{width}}  {summary}")
-    print(
-        "module:attribute"
-        + "  an object of the task protocol, or a function that makes one from its parameters"
-    )
+    own = "module:attribute"
+    width = max(map(len, (*TASKS, own)))
+    for name, entry in TASKS.items():
+        print(f"{name:<{width}}  {entry.summary}")
+    print(f"{own:<{width}}  one of your own: an object of the task protocol, or what makes one")
     return EXIT_OK

@@ -1,0 +1,157 @@
+"""What a sweep runs on: an embedded Ray of its own or a cluster, and whether it can give what is asked.
+
+Anything that is missing (a GPU, an address, cores for a single trial) is a `UserError` with the exit code for
+the environment, raised before the first trial starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import EXIT_ENVIRONMENT, UserError, one_line
+from harness.plan import ResourcesSection
+
+CONNECT_TIMEOUT_S = 5.0
+JOIN_TIMEOUT_S = 60.0
+
+# Joining is tried in a process of its own first: a port that is open but speaks something else can hang or
+# abort the process that joins.
+JOIN_PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False); ray.shutdown()"
+
+TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # rows are Parquet, written by the driver
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # a run goes on from its rows, never from Tune's own snapshots
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial is a row with its message
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A Ray that trials run on: how many fit at once, and a private folder for what Tune must put on disk."""
+
+    concurrency: int
+    scratch: Path
+
+
+def check_device(resources: ResourcesSection, address: str | None) -> None:
+    """Refuse a GPU that this machine does not have; on a cluster, the cluster is asked when it is joined."""
+    if resources.gpus_per_trial and address is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"resources.gpus_per_trial is {resources.gpus_per_trial:g}, and there is no GPU here",
+                EXIT_ENVIRONMENT,
+            )
+
+
+def check_address(address: str) -> None:
+    """Refuse an address at which no Ray cluster answers, within `CONNECT_TIMEOUT_S` where nothing listens."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("ray://") or not host or not port.isdigit():
+        raise UserError(
+            f"--address must be host:port of a Ray cluster's head, got {address!r}", EXIT_ENVIRONMENT
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at {address}: {error}", EXIT_ENVIRONMENT) from None
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", JOIN_PROBE, address],
+            capture_output=True,
+            text=True,
+            timeout=JOIN_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"no Ray cluster at {address}: no answer in {JOIN_TIMEOUT_S:g} s", EXIT_ENVIRONMENT
+        ) from None
+    if probe.returncode != 0:
+        reason = next((line for line in reversed(probe.stderr.splitlines()) if line.strip()), "it closed")
+        raise UserError(f"cannot join the Ray cluster at {address}: {one_line(reason)}", EXIT_ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def ray_session(resources: ResourcesSection, address: str | None) -> Iterator[Session]:
+    """A Ray for the time of a `with` block; a local one is shut down at its end and leaves no file behind.
+
+    Without an address, a Ray that this process already runs is used and left running.
+    """
+    import ray
+
+    joined = ray.is_initialized()
+    scratch = Path(tempfile.mkdtemp(prefix="scm-", dir=short_temp_dir()))
+    try:
+        with environment(TUNE_SETTINGS):
+            if not joined:
+                quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+                if address is None:
+                    ray.init(
+                        address="local", include_dashboard=False, _temp_dir=str(scratch / "ray"), **quiet
+                    )
+                else:
+                    ray.init(address=address, **quiet)
+            try:
+                yield Session(fitting_trials(resources), scratch)
+            finally:
+                if not joined:
+                    ray.shutdown()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def short_temp_dir() -> str:
+    """A folder for temporary files whose name leaves room for the sockets below it (a path of 107 bytes)."""
+    usual = tempfile.gettempdir()
+    return "/tmp" if len(usual) > 30 and os.access("/tmp", os.W_OK) else usual
+
+
+def fitting_trials(resources: ResourcesSection) -> int:
+    """How many trials run at once: what the plan says, or all that fit; none is a `UserError`."""
+    import ray
+
+    per_node = [trials_on_node(node["Resources"], resources) for node in ray.nodes() if node["Alive"]]
+    if not sum(per_node):
+        asked = f"{resources.cpus_per_trial:g} CPUs"
+        asked += f" and {resources.gpus_per_trial:g} GPUs" if resources.gpus_per_trial else ""
+        raise UserError(f"no machine has the {asked} that one trial is to use", EXIT_ENVIRONMENT)
+    return min(resources.max_concurrent or sum(per_node), sum(per_node))
+
+
+def trials_on_node(has: Mapping[str, float], resources: ResourcesSection) -> int:
+    """How many trials fit on a node with these resources."""
+    fits = int(has.get("CPU", 0.0) / resources.cpus_per_trial + 1e-9)
+    if resources.gpus_per_trial:
+        fits = min(fits, int(has.get("GPU", 0.0) / resources.gpus_per_trial + 1e-9))
+    return fits
+
+
+@contextlib.contextmanager
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time of a `with` block."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,118 @@
+"""From a plan's search to trials: each batch of configs with every seed, and back from rows to objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.errors import UserError, one_line
+from harness.jobs import EndedTrial, TrialSpec
+from harness.objectives import Objective, objective_of_rows
+from harness.plan import Plan, plan_space
+from harness.search import Searcher, make_searcher
+from search_spaces.identity import config_id, trial_id
+from trainables.configs import active_knobs, resolve_config
+
+
+class SearchProposer:
+    """Draws the batches of a plan's search, a trial per config and seed, and tells the searcher the results.
+
+    Two draws that differ only in knobs without effect are one config: it is trained once, and both are told.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._searcher = make_plan_searcher(plan)
+        self._identity = task_identity(plan)
+        self._batches: dict[
+            int, dict[str, str]
+        ] = {}  # cohort -> what the searcher calls a config -> config_id
+        self._objectives: dict[str, Objective] = {}
+        self._known: set[str] = set()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a batch must have ended before the next one can be drawn."""
+        return self._searcher.learns
+
+    def next_batch(self) -> list[TrialSpec]:
+        """The trials of the next batch that holds a new config; none when all configs have been drawn."""
+        while configs := self._searcher.next_batch():
+            cohort = self._searcher.cohort
+            names = self._batches[cohort] = {}
+            specs: list[TrialSpec] = []
+            for drawn in configs:
+                full = full_config(drawn)
+                identity = self.config_id(full)
+                names[config_id(drawn)] = identity
+                if identity not in self._known:
+                    self._known.add(identity)
+                    specs += [
+                        TrialSpec(trial_id(identity, seed), identity, seed, cohort, full)
+                        for seed in self._plan.seeds
+                    ]
+            if specs:
+                return specs
+            self._tell(cohort)
+        return []
+
+    def batch_ended(self, cohort: int, ended: Mapping[str, EndedTrial]) -> None:
+        """Tell the searcher what every config of a batch was worth, over all its seeds."""
+        rows: dict[str, list[Mapping[str, Any]]] = {}
+        for one in ended.values():
+            rows.setdefault(one.trial.config_id, []).append(one.outcome)
+        for identity, outcomes in rows.items():
+            self._objectives[identity] = objective_of_rows(
+                outcomes, self._plan.search.objectives, self._plan.ranking.nan_budget
+            )
+        self._tell(cohort)
+
+    def config_id(self, config: Mapping[str, Any]) -> str:
+        """The identity of a config: its task and the knobs that change its training."""
+        return config_id({**self._identity, **active_or_all(config)})
+
+    def _tell(self, cohort: int) -> None:
+        names = self._batches.pop(cohort)
+        self._searcher.tell([(name, self._objectives[identity]) for name, identity in names.items()])
+
+
+def make_plan_searcher(plan: Plan) -> Searcher:
+    """The searcher that a plan names, with the options that it reads; a `UserError` where they do not fit."""
+    search = plan.search
+    options: dict[str, dict[str, Any]] = {
+        "grid": {"points_per_range": search.points_per_range},
+        "tpe": {"startup": search.startup, "scalarisation": search.scalarisation},
+        "nsga2": {"objectives": len(search.objectives)},
+    }
+    try:
+        return make_searcher(
+            search.algorithm,
+            plan_space(plan),
+            search.configs,
+            seed=search.seed,
+            batch=search.batch,
+            **options.get(search.algorithm, {}),
+        )
+    except ValueError as error:
+        raise UserError(f"search: {one_line(error)}") from None
+
+
+def task_identity(plan: Plan) -> dict[str, Any]:
+    """The part of a config's identity that says what is learned."""
+    return {"task": plan.task.name, **{f"task.{name}": value for name, value in plan.task.params.items()}}
+
+
+def full_config(drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """A drawn config with every default filled in; one that no training accepts stays as it is, and fails."""
+    try:
+        return resolve_config(drawn)
+    except (ValueError, TypeError):
+        return dict(drawn)
+
+
+def active_or_all(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs that change the training; all of them where no training accepts the config."""
+    try:
+        return active_knobs(config)
+    except (ValueError, TypeError):
+        return dict(config)

@@ -1,0 +1,154 @@
+"""A sweep from plan to rows: check everything, make the folder, run what is missing, write every trial."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.environment import check_address, check_device, ray_session
+from harness.errors import EXIT_RUN_FOLDER, UserError, one_line
+from harness.halving import RungBoard
+from harness.jobs import EndedTrial, JobBoard, Segment, TrialSpec
+from harness.plan import Plan
+from harness.progress import Display, Tally
+from harness.proposals import SearchProposer
+from harness.run_folder import (
+    WrittenTrial,
+    check_folder,
+    create_run,
+    locked,
+    read_run_id,
+    read_written,
+)
+from harness.sink import RunSink
+from reports.provenance import gather_provenance
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What a sweep left: its folder, how many rows are in it, whether the user interrupted it."""
+
+    out: Path
+    rows: int
+    interrupted: bool
+
+
+def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = False) -> SweepResult:
+    """Run a plan into a run folder; with `resume`, only the trials that the folder does not hold yet.
+
+    Raises UserError, before anything is written, where the folder, the data, the device or the address do not
+    allow it. Trials that fail do not raise: they are rows.
+    """
+    check_folder(out, plan, resume=resume)
+    proposer = SearchProposer(plan)
+    check_device(plan.resources, address)
+    data_digests = check_data(plan)
+    if address is not None:
+        check_address(address)
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(ray_session(plan.resources, address))
+        provenance = gather_provenance()
+        if not resume:
+            create_run(out, plan, provenance)
+        stack.enter_context(locked(out))
+        written = read_written(out)
+        check_same_data(written, data_digests, out)
+        sink = RunSink(out, plan, run_id=read_run_id(out), provenance=provenance, data_digests=data_digests)
+        stack.callback(sink.close)
+        tally = Tally(plan.search.configs * len(plan.seeds), plan.seeds, plan.search.objectives[-1])
+        board = make_board(plan, proposer, sink, tally, written)
+        display = stack.enter_context(Display(tally, sys.stderr, title=out.name))
+
+        from harness.segments import Parcel
+        from harness.tune_bridge import run_segments
+
+        def pack(segment: Segment) -> Parcel:
+            return Parcel(make_job(plan, segment.trial), segment.until, segment.state)
+
+        def on_event() -> None:
+            tally.running = board.running
+            display.tick()
+
+        tally.start()
+        finished = run_segments(board, pack, session, plan.resources, on_event=on_event)
+        return SweepResult(out, tally.done, interrupted=not finished)
+
+
+def check_data(plan: Plan) -> dict[int, str]:
+    """Load the task's data for every seed, as a worker will, and give its digests; bad data is a `UserError`."""
+    from trainables.ray_trainable import load_task
+    from trainables.tasks.protocol import TaskError
+    from trainables.trial import error_line
+
+    digests = {}
+    for seed in plan.seeds:
+        try:
+            digests[seed] = load_task(task_spec(plan), seed).data_digest
+        except TaskError as error:
+            raise UserError(f"task: {one_line(error)}") from None
+        except Exception as error:  # a user's own task may raise anything; it is his to read
+            raise UserError(f"task {plan.task.name}: {one_line(error_line(error))}") from None
+    return digests
+
+
+def check_same_data(written: Mapping[str, WrittenTrial], digests: Mapping[int, str], out: Path) -> None:
+    """Refuse to go on with a run whose rows were measured on other data."""
+    for trial in written.values():
+        seed, digest = trial.row["seed"], trial.row["data_digest"]
+        if digest is not None and digest != digests.get(seed):
+            raise UserError(
+                f"the data have changed since {out} was begun (seed {seed}); start a new run", EXIT_RUN_FOLDER
+            )
+
+
+def make_board(
+    plan: Plan,
+    proposer: SearchProposer,
+    sink: RunSink,
+    tally: Tally,
+    written: Mapping[str, WrittenTrial],
+) -> JobBoard:
+    """The board of a plan: rows go to the sink; trials that were written before are taken in as they are."""
+
+    def on_ended(ended: EndedTrial, replayed: bool) -> None:
+        if not replayed:
+            sink.write(ended)
+        tally.add(ended, replayed=replayed)
+
+    halving = plan.halving
+    return JobBoard(
+        proposer,
+        on_ended=on_ended,
+        failed=failed_trial,
+        rungs=RungBoard(halving.rungs, halving.eta, halving.mode) if halving else None,
+        rung_metric=halving.metric if halving else "val_loss",
+        retries=plan.resources.retries,
+        known={trial_id: (trial.row, trial.history) for trial_id, trial in written.items()},
+    )
+
+
+def failed_trial(trial: TrialSpec, error: str) -> dict[str, Any]:
+    """The outcome of a trial whose worker was lost too often."""
+    from trainables.trial import failed_outcome
+
+    return failed_outcome(RuntimeError(error), config=trial.config)
+
+
+def task_spec(plan: Plan) -> dict[str, Any]:
+    """The task in the words of a job."""
+    return {"name": plan.task.name, "params": plan.task.params, "base_dir": plan.base_dir}
+
+
+def make_job(plan: Plan, trial: TrialSpec) -> dict[str, Any]:
+    """One trial as `SCMTrainable` takes it."""
+    return {
+        "config": dict(trial.config),
+        "seed": trial.seed,
+        "task": task_spec(plan),
+        "device": "cuda" if plan.resources.gpus_per_trial else "cpu",
+        "trial_id": trial.trial_id,
+    }

@@ -1,0 +1,226 @@
+"""Ray Tune as the engine of a sweep: one Tune trial for each segment, run by actors that are reused.
+
+What runs next is decided by `harness.jobs.JobBoard`; this module carries segments out and reports back.
+Segments instead of Tune's own pausing, because a paused Tune trial needs a checkpoint folder that every node
+shares, and Tune's schedulers decide in the order in which results arrive; here a state travels as bytes with
+the segment, through Ray itself, so that a sweep runs on nodes that share nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from harness.environment import Session
+from harness.errors import one_line
+from harness.jobs import JobBoard, Report, Segment
+from harness.plan import ResourcesSection
+from harness.segments import Parcel, SegmentTrainable
+
+PackSegment = Callable[[Segment], Parcel]
+
+
+def run_segments(
+    board: JobBoard,
+    pack: PackSegment,
+    session: Session,
+    resources: ResourcesSection,
+    *,
+    on_event: Callable[[], None],
+) -> bool:
+    """Run a board's segments on Ray until it is finished; False when the user interrupted before that.
+
+    `on_event` is called in the driver after every report and about ten times a second in between.
+    """
+    link = DriverLink(board, pack, on_event)
+    trainable = tune.with_resources(
+        SegmentTrainable,
+        tune.PlacementGroupFactory(
+            [
+                {"CPU": resources.cpus_per_trial}
+                | ({"GPU": resources.gpus_per_trial} if resources.gpus_per_trial else {})
+            ]
+        ),
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=SegmentSearcher(link),
+            scheduler=WarmActorScheduler(session.concurrency),
+            num_samples=-1,
+            max_concurrent_trials=session.concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=f"sweep-{uuid.uuid4().hex[:8]}",
+            storage_path=str(session.scratch / "tune"),
+            callbacks=[DriverCallback(link)],
+            failure_config=tune.FailureConfig(
+                max_failures=0
+            ),  # the board retries, wherever a worker was lost
+            verbose=0,
+        ),
+    )
+    with quiet_tune(), terminate_as_interrupt():
+        tuner.fit()
+    return board.finished
+
+
+class DriverLink:
+    """The driver's board as the searcher and the callback see it; pickled (as Tune does) it is empty."""
+
+    def __init__(self, board: JobBoard, pack: PackSegment, on_event: Callable[[], None]) -> None:
+        self.board = board
+        self.on_event = on_event
+        self._pack = pack
+        self._segments: dict[str, tuple[Segment, Parcel]] = {}
+
+    def next_parcel(self, tune_id: str) -> Parcel | None:
+        """The next segment, packed for its worker and remembered under Tune's name for it."""
+        segment = self.board.next_segment()
+        if segment is None:
+            return None
+        parcel = self._pack(segment)
+        self._segments[tune_id] = (segment, parcel)
+        return parcel
+
+    def reported(self, tune_id: str, report: Report) -> None:
+        """Hand a worker's report to the board."""
+        segment, parcel = self._segments[tune_id]
+        if report.outcome is not None:
+            del self._segments[tune_id]
+            parcel.state = None  # Tune keeps every trial's config to the end of the run
+        self.board.reported(segment, report)
+        self.on_event()
+
+    def lost(self, tune_id: str, error: str) -> None:
+        """Tell the board that a segment ended without an outcome."""
+        found = self._segments.pop(tune_id, None)
+        if found is not None:
+            self.board.lost(found[0], error)
+        self.on_event()
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return object, ()
+
+
+class SegmentSearcher(Searcher):
+    """Gives Tune the board's segments; results reach the board through `DriverCallback`, not through this."""
+
+    def __init__(self, link: DriverLink) -> None:
+        super().__init__()
+        self._link = link
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next segment as a Tune config, `FINISHED` when all trials have ended, None to be asked soon."""
+        if self._link.board.finished:
+            return Searcher.FINISHED
+        parcel = self._link.next_parcel(trial_id)
+        if parcel is not None:
+            return {"parcel": parcel}
+        return Searcher.FINISHED if self._link.board.finished else None
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+        """Accepted and not used: what is better is the board's business."""
+        return True
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Nothing: the callback has told the board already."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a run goes on from its rows."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a run goes on from its rows."""
+
+
+class DriverCallback(tune.Callback):
+    """Carries what happens to Tune trials to the board, in the driver."""
+
+    def __init__(self, link: DriverLink) -> None:
+        self._link = link
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """A turn of Tune's loop: lets the display move and waiting rows be written."""
+        self._link.on_event()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
+    ) -> None:
+        """A report; it is taken out of the result, which Tune keeps for each trial to the end of the run."""
+        report = result.pop("report", None)
+        if report is not None:
+            self._link.reported(trial.trial_id, report)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """The actor, its node or its set-up failed."""
+        self._link.lost(trial.trial_id, error_text(trial))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """The end of a Tune trial; a segment without an outcome by now counts as lost."""
+        self._link.lost(trial.trial_id, "its worker ended without a report")
+
+
+class WarmActorScheduler(FIFOScheduler):
+    """First in, first out; and actors stay warm between batches.
+
+    Tune keeps one idle actor and stops the others when nothing is pending, as at the end of a batch that must
+    be learned from. Starting one again costs seconds, so the cache is told to keep as many as can run.
+    """
+
+    def __init__(self, actors: int) -> None:
+        super().__init__()
+        self._actors = actors
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
+        """Raise the cache's limit once; where Tune has no such cache, batches only start slower."""
+        cache = getattr(tune_controller, "_actor_cache", None)
+        if self._actors and cache is not None:
+            cache.increase_max(trial.placement_group_factory, self._actors)
+            self._actors = 0
+
+
+def error_text(trial: Trial) -> str:
+    """The last error of a Tune trial as one line."""
+    error: Any = trial.get_pickled_error() or trial.get_error()
+    cause = getattr(error, "cause", None) or error
+    text = one_line(cause) if cause is not None else "unknown error"
+    return f"{type(cause).__name__}: {text}"[:500]
+
+
+@contextmanager
+def quiet_tune() -> Iterator[None]:
+    """Keep Tune's log off the terminal: what it says of a trial is in the trial's row."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the sweep as Ctrl-C does: after the current turn, with every finished row kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
