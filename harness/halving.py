@@ -1,9 +1,10 @@
 """Successive halving as a pure board: who goes on at each rung, given what every trial of a cohort reported.
 
-A cohort halves on its own and in step: at a rung the board waits for every config of the cohort that got there, then
-lets the best `ceil(n / eta)` of those n go on. A config counts with the mean over its seeds, and its seeds go on or
-stop together. A metric that is not finite, and a trial that failed, make the config the worst there is: it never
-passes that rung, not even when nobody else does. Nothing here knows Ray, time or the order of arrival.
+A cohort halves on its own and in step: at a rung the board waits for every config of the cohort that got
+there, then lets the best `ceil(n / eta)` of those n go on. A config counts with the mean over its seeds, and
+its seeds go on or stop together. A metric that is not finite, and a trial that failed, make the config the
+worst there is: it never passes that rung, not even when nobody else does. Nothing here knows Ray, time or the
+order of arrival.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 Action: TypeAlias = Literal["continue", "stop", "wait"]
@@ -48,13 +50,13 @@ class _Cohort:
 class RungBoard:
     """Decides, for each cohort, which trials go on at each rung.
 
-    `rungs` are epochs, strictly increasing; `mode` says whether a small ("min") or a large ("max") value is good.
-    A trial's value at a rung is the first that it reports at that epoch or later.
+    `rungs` are epochs, strictly increasing; `mode` says whether a small ("min") or a large ("max") value is
+    good. A trial's value at a rung is the first that it reports at that epoch or later.
     """
 
     def __init__(self, rungs: Sequence[int], eta: int = 3, mode: Literal["min", "max"] = "min") -> None:
         rungs = tuple(rungs)
-        if not rungs or rungs[0] < 1 or any(b <= a for a, b in zip(rungs, rungs[1:], strict=False)):
+        if not rungs or rungs[0] < 1 or any(b <= a for a, b in pairwise(rungs)):
             raise ValueError(f"rungs must be epochs >= 1 that increase, got rungs={list(rungs)}")
         if eta < 2:
             raise ValueError(f"eta must be >= 2, got {eta=}")
@@ -79,11 +81,13 @@ class RungBoard:
             raise ValueError(f"a cohort must have members, got none for {cohort=}")
         self._cohorts[cohort] = _Cohort(trials, entrants=sorted(trials))
 
-    def report(self, cohort: int, config_id: str, seed: int, epoch: int, value: float | None) -> list[Decision]:
-        """Take in the metric after `epoch`; the first decision is the reporter's, others free trials that waited.
+    def report(
+        self, cohort: int, config_id: str, seed: int, epoch: int, value: float | None
+    ) -> list[Decision]:
+        """Take in the metric after `epoch`; gives the reporter's decision, then those of trials that waited.
 
-        A report that repeats what is known (a trial that was restarted after a node was lost) changes nothing.
-        None counts as not finite.
+        A report that repeats what is known (a trial that was restarted after a node was lost) changes
+        nothing. None counts as not finite.
         """
         trial = self._trial(cohort, config_id, seed)
         if trial.left:
@@ -96,7 +100,10 @@ class RungBoard:
             trial.waits_at = trial.passed
         freed = self._settle(cohort)
         own = self._decision(cohort, config_id, seed)
-        return [own, *(decision for decision in freed if (decision.config_id, decision.seed) != (config_id, seed))]
+        return [
+            own,
+            *(decision for decision in freed if (decision.config_id, decision.seed) != (config_id, seed)),
+        ]
 
     def leave(self, cohort: int, config_id: str, seed: int, value: float | None = None) -> list[Decision]:
         """Take in that a trial ended by itself; gives the decisions for the trials that waited for it.
@@ -122,7 +129,12 @@ class RungBoard:
         state = self._state(cohort)
         if state.rung >= len(self.rungs):
             return []
-        return [(c, s) for c in state.entrants for s, t in sorted(state.members[c].items()) if state.rung not in t.values]
+        return [
+            (c, s)
+            for c in state.entrants
+            for s, t in sorted(state.members[c].items())
+            if state.rung not in t.values
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the board knows, in plain values that JSON can hold (a NaN is written as null)."""
@@ -130,11 +142,13 @@ class RungBoard:
             "rungs": list(self.rungs),
             "eta": self.eta,
             "mode": self.mode,
-            "cohorts": [{"cohort": number, **_plain_cohort(state)} for number, state in self._cohorts.items()],
+            "cohorts": [
+                {"cohort": number, **_plain_cohort(state)} for number, state in self._cohorts.items()
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the board that gave `state`; ValueError where rungs, eta or mode are others than this board's."""
+        """Become the board that gave `state`; ValueError where rungs, eta or mode differ."""
         own = {"rungs": list(self.rungs), "eta": self.eta, "mode": self.mode}
         given = {key: state[key] for key in own}
         if given != own:
@@ -144,7 +158,12 @@ class RungBoard:
     def _settle(self, cohort: int) -> list[Decision]:
         """Decide whatever can be decided; gives a decision for every trial that waited and does no longer."""
         state = self._state(cohort)
-        waiting = [(c, s) for c, seeds in sorted(state.members.items()) for s in sorted(seeds) if seeds[s].waits_at is not None]
+        waiting = [
+            (c, s)
+            for c, seeds in sorted(state.members.items())
+            for s in sorted(seeds)
+            if seeds[s].waits_at is not None
+        ]
         while state.rung < len(self.rungs) and not self.awaited(cohort):
             go_on = self._survivors(state)
             for config_id in state.entrants:
@@ -168,19 +187,25 @@ class RungBoard:
         values = [trial.values[state.rung] for _, trial in sorted(state.members[config_id].items())]
         if not all(map(math.isfinite, values)):
             return math.inf
-        # Divided first: the sum of two large finite values may overflow, and a mean of finite values is finite.
+        # Divided first: the sum of two large finite values may overflow, and a mean of finite values is
+        # finite.
         mean = math.fsum(value / len(values) for value in values)
         return mean if self.mode == "min" else -mean
 
     def _renew_waits(self, state: _Cohort) -> None:
-        """After a rung: who already reported beyond the next one waits there, the others go on or are gone."""
+        """After a rung: who reported beyond the next one waits there, the others go on or are gone."""
         for seeds in state.members.values():
             for trial in seeds.values():
-                there = not trial.stopped and not trial.left and trial.passed == state.rung and state.rung in trial.values
+                there = (
+                    not trial.stopped
+                    and not trial.left
+                    and trial.passed == state.rung
+                    and state.rung in trial.values
+                )
                 trial.waits_at = state.rung if there else None
 
     def _stop_the_doomed(self, state: _Cohort) -> None:
-        """A config with a seed that has no finite value at this rung cannot pass it: its waiting trials end now."""
+        """End the waiting trials of configs with a seed that has no finite value at this rung."""
         for config_id in state.entrants if state.rung < len(self.rungs) else ():
             seeds = state.members[config_id].values()
             if any(not math.isfinite(trial.values.get(state.rung, 0.0)) for trial in seeds):

@@ -1,7 +1,8 @@
-"""What a searcher is told about a config: rows of its seeds become one objective, small is good.
+"""What a searcher is told about a config: the rows of its seeds become one objective, small is good.
 
-A failed trial, a metric that is not finite and a NaN count over the budget are told as what they are, worse than any
-finite result. Nothing is left out: a searcher that is not told about the diverging region converges into it.
+A failed trial, a metric that is not finite and a NaN count over the budget are told as what they are, worse
+than any finite result. Nothing is left out: a searcher that is not told about the diverging region converges
+into it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHORTFALL_WEIGHT = 10.0
 class Objective:
     """What a config was worth: one value per objective, all minimised, and whether they can be believed.
 
-    `nan_count` is the largest number of non-finite values that one of its trials met, beyond the budget.
+    `nan_count` is how many non-finite values its trials met together beyond the budget.
     """
 
     values: tuple[float, ...]
@@ -49,8 +50,8 @@ def objective_of_rows(
     """The objective of one config from the rows of all its seeds: the mean of each metric over the seeds.
 
     A failed or diverged trial makes the config failed, a seed without a finite metric makes the mean NaN.
-    `coverage_shortfall` is computed from a row's `coverage` and `target_coverage`; other metrics are columns, and
-    ValueError names one that is missing.
+    `coverage_shortfall` is computed from a row's `coverage` and `target_coverage`; other metrics are columns,
+    and ValueError names one that is missing.
     """
     if not rows:
         raise ValueError("rows must hold at least one trial of the config, got none")
@@ -59,8 +60,8 @@ def objective_of_rows(
     counts = [row.get("nan_count") for row in rows]
     if any(count is None or not count >= 0 for count in counts):
         failed = True  # a trial that cannot say how many NaN it met did not end well
-    beyond = max((int(count) - nan_budget for count in counts if count is not None and count >= 0), default=0)
-    return Objective(values, nan_count=max(0, beyond), failed=failed)
+    met = sum(int(count) for count in counts if count is not None and count >= 0)
+    return Objective(values, nan_count=max(0, met - nan_budget), failed=failed)
 
 
 def row_metric(row: Mapping[str, Any], name: str) -> float:
@@ -74,7 +75,7 @@ def row_metric(row: Mapping[str, Any], name: str) -> float:
 
 
 def symlog(value: float) -> float:
-    """The logarithm of 1 + |value| with the sign of value: keeps the order, bounded by 710 for every double."""
+    """The logarithm of 1 + |value| with the sign of value: keeps the order, at most 710 in size."""
     return math.copysign(math.log1p(abs(value)), value)
 
 
@@ -85,7 +86,7 @@ def squash(value: float) -> float:
 
 
 def lexicographic(values: Sequence[float]) -> float:
-    """Coverage shortfall in steps of 0.05 first, then the error: no unit of error outweighs a step of coverage.
+    """Coverage shortfall in steps of 0.05 first, then the error, which never outweighs a step.
 
     `values` is (shortfall, error, ...); several errors count with the mean of their squashed values.
     """
@@ -95,7 +96,7 @@ def lexicographic(values: Sequence[float]) -> float:
 
 
 def weighted(values: Sequence[float]) -> float:
-    """The error on the scale of `symlog` plus 10 times the coverage shortfall; `values` is (shortfall, error, ...)."""
+    """The error on the scale of `symlog` plus 10 times the shortfall; `values` is (shortfall, error, ...)."""
     shortfall, *errors = values
     return SHORTFALL_WEIGHT * shortfall + sum(map(symlog, errors))
 
@@ -113,10 +114,10 @@ SCALARISATIONS: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def told_values(objective: Objective) -> tuple[float, ...]:
-    """Finite numbers, one per objective, in the order of the truth: feasible < over the NaN budget < not finite.
+    """Finite numbers, one per objective, in true order: feasible < over the NaN budget < not finite.
 
-    Searchers that compare or split by order (TPE, NSGA-II) lose nothing by the scale, and no result, past or to
-    come, is worse than one that is not finite.
+    Searchers that compare or split by order (TPE, NSGA-II) lose nothing by the scale, and no result, past or
+    to come, is worse than one that is not finite.
     """
     return tuple(_told(symlog(value) if objective.finite else 0.0, objective) for value in objective.values)
 

@@ -1,16 +1,17 @@
 """The searchers that learn: TPE and NSGA-II of Optuna, asked and told directly, in memory.
 
-Optuna sees coordinates, not values: one in [0, 1] per range and one category per choice, asked for as the space is
-walked, so conditions are define-by-run and every order between values holds (`Space.assemble`). Every result is
-told as a finite number (`harness.objectives`), never as failed and never left running.
+Optuna sees coordinates, not values: one in [0, 1] per range and one category per choice, asked for as the
+space is walked, so conditions are define-by-run and every order between values holds (`Space.assemble`).
+Every result is told as a finite number (`harness.objectives`), never as failed and never left running.
 
-TPE spends half its mass beyond the edge of a region where training diverges when the best configs lie at that edge.
-A proposal whose nearest neighbours mostly gave no feasible result is therefore withdrawn and another is asked for, a
-few times; the least suspicious is taken in the end, so no region is closed for good.
+TPE spends half its mass beyond the edge of a region where training diverges when the best configs lie at that
+edge. A proposal whose nearest neighbours mostly gave no feasible result is therefore withdrawn and another is
+asked for, a few times; the least suspicious is taken in the end, so no region is closed for good.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ Coordinates = dict[str, float]
 
 
 class OptunaSearcher(Searcher):
-    """What TPE and NSGA-II share: the study, the first configs from a Sobol sequence, and how proposals are judged."""
+    """What TPE and NSGA-II share: the study, a Sobol start, and how proposals are judged."""
 
     learns = True
 
@@ -47,22 +48,31 @@ class OptunaSearcher(Searcher):
         startup: int,
     ) -> None:
         super().__init__(space, count, seed=seed, batch=batch)
-        # Optuna logs each independently drawn conditional knob as a warning; that is how such knobs are drawn.
+        # Optuna logs each independently drawn conditional knob as a warning; that is how such knobs are
+        # drawn.
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(directions=["minimize"] * objectives, sampler=sampler)
         self._startup = startup
+        self._objectives = objectives if objectives > 1 else None  # one number is made of any
         self._sobol = sobol_points(len(space.dimensions), seed)
         self._generator = np.random.Generator(np.random.PCG64([seed, 1]))
         self._trials: dict[str, optuna.Trial] = {}
         self._coordinates: dict[str, Coordinates] = {}
         self._suspect: dict[str, bool] = {}  # results so far: config_id -> cannot be ranked
 
+    def _check(self, objective: Objective) -> None:
+        if self._objectives is not None and len(objective.values) != self._objectives:
+            raise ValueError(f"an objective must have {self._objectives} values, got {objective.values}")
+
+    @abstractmethod
     def _told(self, objective: Objective) -> Sequence[float]:
-        raise NotImplementedError
+        """What the study is told: finite numbers, one per direction."""
 
     def _draw(self) -> Iterator[Config]:
         while True:
-            config = self._from_points(self._sobol) if len(self.drawn) < self._startup else self._from_sampler()
+            config = (
+                self._from_points(self._sobol) if len(self.drawn) < self._startup else self._from_sampler()
+            )
             if config is None:
                 config = self._from_points(self._random_points())
             if config is None:
@@ -84,7 +94,9 @@ class OptunaSearcher(Searcher):
             trial = self._study.ask()
             coordinates: Coordinates = {}
             config = self._walk(trial, coordinates)
-            if config_id(config) in self.drawn:  # a coordinate at the edge of a choice was rounded to its centre
+            if (
+                config_id(config) in self.drawn
+            ):  # a coordinate at the edge of a choice was rounded to its centre
                 self._withdraw(trial)
                 continue
             return self._keep(trial, config, coordinates)
@@ -137,7 +149,7 @@ class OptunaSearcher(Searcher):
         return u
 
     def _suspicion(self, coordinates: Coordinates) -> float:
-        """The share of results that cannot be ranked among the nearest configs tried; 0 before there are enough."""
+        """The share of the nearest configs tried that cannot be ranked; 0 before there are enough."""
         if len(self._suspect) < NEIGHBOURS or not any(self._suspect.values()):
             return 0.0
         near = sorted(self._suspect, key=lambda identity: (self._distance(coordinates, identity), identity))
@@ -164,10 +176,11 @@ class OptunaSearcher(Searcher):
 class TPESearcher(OptunaSearcher):
     """Tree-structured Parzen estimator on one number per config.
 
-    `scalarisation` names how an objective becomes that number. The default, "lexicographic", is coverage shortfall
-    in steps of 0.05 first and the squashed error second: TPE reads only the order of what it is told, and this order
-    does not depend on the unit of the error. "weighted" adds 10 times the shortfall to the error's logarithm; "total"
-    sums objectives that hold no shortfall. Results that are not finite come after all others.
+    `scalarisation` names how an objective becomes that number. The default, "lexicographic", is coverage
+    shortfall in steps of 0.05 first and the squashed error second: TPE reads only the order of what it is
+    told, and this order does not depend on the unit of the error. "weighted" adds 10 times the shortfall to
+    the error's logarithm; "total" sums objectives that hold no shortfall. Results that are not finite come
+    after all others.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Where configs come from: searchers that draw a batch, are told what came of it, and draw the next.
 
-A searcher goes by generations. `next_batch` gives configs that were never given before; a searcher that learns
-waits for the results of all of them, so what it draws depends on its seed and on the results alone, never on which
-trial ended first. A sweep is resumed by telling a new searcher the stored results (`replay`). How results become
-objectives is decided in `harness.objectives`, what may be drawn in `search_spaces`.
+A searcher goes by generations. `next_batch` gives configs that were never given before; a searcher that
+learns waits for the results of all of them, so what it draws depends on its seed and on the results alone,
+never on which trial ended first. A sweep is resumed by telling a new searcher the stored results (`replay`).
+How results become objectives is decided in `harness.objectives`, what may be drawn in `search_spaces`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DRAWS_BEFORE_EXHAUSTED = 200
 
 
 class Searcher(ABC):
-    """Draws at most `count` different configs of a space, `batch` at a time; deterministic in seed and results."""
+    """Draws at most `count` different configs, `batch` at a time; deterministic in seed and results."""
 
     #: Whether the next batch depends on the results of the last, so that it cannot be drawn before.
     learns: ClassVar[bool] = False
@@ -62,7 +62,9 @@ class Searcher(ABC):
         Raises ValueError where the searcher learns and results of the last batch are missing.
         """
         if self.learns and self._open:
-            raise ValueError(f"all results must be told before the next batch, missing {', '.join(self._open)}")
+            raise ValueError(
+                f"all results must be told before the next batch, missing {', '.join(self._open)}"
+            )
         wanted = min(self.batch, self.count - len(self.drawn))
         batch = []
         for config in islice(self._draw_new(), max(0, wanted)):
@@ -78,6 +80,7 @@ class Searcher(ABC):
         Raises ValueError for a config that this searcher did not draw.
         """
         for identity, objective in results:
+            self._check(objective)
             if identity not in self.drawn:
                 raise ValueError(f"results must be of configs drawn here, got config_id={identity!r}")
             if self._open.pop(identity, None) is not None:
@@ -87,12 +90,15 @@ class Searcher(ABC):
             self._learn([(identity, self._results[identity]) for identity in order])
             self._results.clear()
 
+    def _check(self, objective: Objective) -> None:  # noqa: B027 (any objective will do for most)
+        """Raise ValueError for an objective that this searcher cannot take."""
+
     @abstractmethod
     def _draw(self) -> Iterator[Config]:
         """Proposals without end, or until the space is exhausted; known ones among them are passed over."""
 
-    def _learn(self, results: list[tuple[str, Objective]]) -> None:
-        """Take in the results of a whole batch, in the order in which it was drawn; nothing to do by default."""
+    def _learn(self, results: list[tuple[str, Objective]]) -> None:  # noqa: B027 (most have nothing to learn)
+        """Take in the results of a whole batch, in the order in which it was drawn."""
 
     def _draw_new(self) -> Iterator[Config]:
         known_in_a_row = 0
@@ -117,7 +123,7 @@ class RandomSearcher(Searcher):
 
 
 class SobolSearcher(Searcher):
-    """A scrambled Sobol sequence: covers the cube more evenly than random points, seeded by its scrambling."""
+    """A scrambled Sobol sequence: covers the cube more evenly than random points."""
 
     def __init__(self, space: Space, count: int, *, seed: int = 0, batch: int = DEFAULT_BATCH) -> None:
         super().__init__(space, count, seed=seed, batch=batch)
@@ -147,7 +153,7 @@ class GridSearcher(Searcher):
         super().__init__(space, count, seed=seed, batch=batch)
         if sum(1 for _ in islice(space.grid(points_per_range), count + 1)) > count:
             raise ValueError(
-                f"the grid of {space.name!r} with {points_per_range} values per range holds more than {count=} "
+                f"the grid of {space.name!r} with {points_per_range} values per range has more than {count} "
                 "configs; ask for more configs, fewer values per range, or fix knobs"
             )
         self._configs = space.grid(points_per_range)
@@ -192,11 +198,13 @@ def make_searcher(
 def replay(searcher: Searcher, known: Mapping[str, Objective]) -> list[Config]:
     """Tell a new searcher what an earlier run measured; gives the first batch that is not wholly known.
 
-    That batch is the searcher's last; what is known of it was told, `searcher.open` names the rest. Empty when the
-    earlier run was complete.
+    That batch is the searcher's last; what is known of it was told, `searcher.open` names the rest. Empty
+    when the earlier run was complete.
     """
     while batch := searcher.next_batch():
-        searcher.tell([(config_id(config), known[config_id(config)]) for config in batch if config_id(config) in known])
+        searcher.tell(
+            [(config_id(config), known[config_id(config)]) for config in batch if config_id(config) in known]
+        )
         if searcher.open:
             break
     return batch

@@ -1,7 +1,7 @@
 """What one knob may be: a range of floats or integers, a choice between plain values, or one fixed value.
 
-A domain knows its own values and how a coordinate in [0, 1] becomes one of them. When a knob is active, and how
-the values of two knobs are ordered, is decided by the space (`search_spaces.space`).
+A domain knows its own values and how a coordinate in [0, 1] becomes one of them. When a knob is active, and
+how the values of two knobs are ordered, is decided by the space (`search_spaces.space`).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from search_spaces.errors import SpaceError, nearest_hint
 
-PlainValue: TypeAlias = None | bool | int | float | str
+PlainValue: TypeAlias = bool | int | float | str | None
 Conditions: TypeAlias = Mapping[str, tuple[PlainValue, ...]]
 
 # Sampled floats carry this many significant digits: `exp` and `log` may differ in the last bit between two
@@ -64,7 +64,9 @@ class Float:
         """Why `value` is not of this domain, or None."""
         if not _is_number(value) or not math.isfinite(value):
             return f"must be a finite number, got {value!r}"
-        return None if self.low <= value <= self.high else f"must be in [{self.low}, {self.high}], got {value!r}"
+        return (
+            None if self.low <= value <= self.high else f"must be in [{self.low}, {self.high}], got {value!r}"
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """The mapping that a plan would write."""
@@ -121,7 +123,9 @@ class Int:
         """Why `value` is not of this domain, or None."""
         if not isinstance(value, int) or isinstance(value, bool):
             return f"must be an integer, got {value!r}"
-        return None if self.low <= value <= self.high else f"must be in [{self.low}, {self.high}], got {value!r}"
+        return (
+            None if self.low <= value <= self.high else f"must be in [{self.low}, {self.high}], got {value!r}"
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """The mapping that a plan would write."""
@@ -138,7 +142,7 @@ class Int:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the given plain values, which may include None; 1 and 1.0 are the same value, True is another."""
+    """One of the given plain values, None may be one; 1 and 1.0 are the same, True is another."""
 
     options: tuple[PlainValue, ...]
     when: Conditions = field(default_factory=dict)
@@ -162,7 +166,7 @@ class Choice:
         return True
 
     def value(self, u: float, low: float = -math.inf, high: float = math.inf) -> PlainValue:
-        """The option at coordinate `u` in [0, 1], each as likely as the others, among those in [low, high]."""
+        """The option at coordinate `u` in [0, 1] of those in [low, high], all equally likely."""
         options = self._within(low, high)
         return options[min(int(u * len(options)), len(options) - 1)]
 
@@ -172,11 +176,11 @@ class Choice:
 
     def largest_at_most(self, limit: float) -> float | None:
         """The largest option not above `limit`; None where there is none."""
-        return max(self._within(-math.inf, limit), default=None)  # type: ignore[type-var]
+        return max(filter(_is_number, self._within(-math.inf, limit)), default=None)
 
     def smallest_at_least(self, limit: float) -> float | None:
         """The smallest option not below `limit`; None where there is none."""
-        return min(self._within(limit, math.inf), default=None)  # type: ignore[type-var]
+        return min(filter(_is_number, self._within(limit, math.inf)), default=None)
 
     def problem_with(self, value: object) -> str | None:
         """Why `value` is not of this domain, or None."""
@@ -197,7 +201,9 @@ class Choice:
         return tuple(option for option in self.options if low <= option <= high)  # type: ignore[operator]
 
     def __str__(self) -> str:
-        return "choice " + " | ".join(str(option).lower() if option is None else str(option) for option in self.options)
+        return "choice " + " | ".join(
+            str(option).lower() if option is None else str(option) for option in self.options
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +312,7 @@ def numeric_bounds(domain: Domain) -> tuple[float, float] | None:
         return domain.low, domain.high
     values = domain.options if isinstance(domain, Choice) else (domain.constant,)
     numbers = [value for value in values if _is_number(value)]
-    return (min(numbers), max(numbers)) if len(numbers) == len(values) else None  # type: ignore[type-var,return-value]
+    return (min(numbers), max(numbers)) if len(numbers) == len(values) else None
 
 
 def _ticks(points: int) -> list[float]:
@@ -315,7 +321,7 @@ def _ticks(points: int) -> list[float]:
     return [0.5] if points == 1 else [i / (points - 1) for i in range(points)]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

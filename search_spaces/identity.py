@@ -1,6 +1,7 @@
 """What makes two configs the same: one canonical text per config, and its hash.
 
-The text does not depend on key order, on the machine, on the process, or on whether a number was written 1 or 1.0.
+The text does not depend on key order, on the machine, on the process, or on whether a number was written 1 or
+1.0.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ CONFIG_ID_DIGITS = 12
 def canonical_json(config: Mapping[str, Any]) -> str:
     """ASCII JSON with sorted keys and no spaces, equal for configs that hold equal values.
 
-    Whole floats are written as integers (1.0 and -0.0 as 1 and 0), other floats with the fewest digits that read
-    back to the same double. Raises ValueError, naming the key, for NaN, infinities and values that are not plain.
+    Whole floats are written as integers (1.0 and -0.0 as 1 and 0), other floats with the fewest digits that
+    read back to the same double. Raises ValueError, naming the key, for NaN, infinities and values that are
+    not plain.
 
     >>> canonical_json({"b": 1.0, "a": [0.1, None, True]})
     '{"a":[0.1,null,true],"b":1}'

@@ -1,7 +1,7 @@
 """The spaces that ship with the harness, by name, and how a plan asks for one.
 
-Ranges are for tuples (P, Q) of unit length, so that |Q| <= 1 and a threshold has the same meaning for every model.
-Adding a space is one entry of `SPACES`; a knob is spelled as the field that the training reads.
+Ranges are for tuples (P, Q) of unit length, so that |Q| <= 1 and a threshold has the same meaning for every
+model. Adding a space is one entry of `SPACES`; a knob is spelled as the field that the training reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _NAMED = (
     Space(
         "coverage_targets",
         {
-            # The hard term has no gradient: under it, its target and weight would be knobs that change nothing.
+            # The hard term has no gradient: under it, its target and weight would be knobs that change
+            # nothing.
             "coverage_term": Choice(("soft", "hard")),
             "target_coverage": Float(0.5, 0.995, when=_SOFT),
             "lambda_rej": Float(1e-3, 10.0, log=True, when=_SOFT),
@@ -39,7 +40,7 @@ _NAMED = (
             "tau_train_max": Float(1e-3, 0.5, log=True),
         },
         [LessEqual("tau_infer", "tau_train_min"), LessEqual("tau_train_min", "tau_train_max")],
-        description="Thresholds on |Q|: the range drawn from in training, and the one that decides when decoding.",
+        description="Thresholds on |Q|: the range drawn from in training, and the one used in decoding.",
     ),
     Space(
         "loss_weights",
@@ -75,7 +76,7 @@ _NAMED = (
             "clip_norm": Choice((None, 0.1, 1.0, 10.0)),
             "batch_size": Choice((16, 32, 64, 128)),
         },
-        description="How weights move: the method with its own settings, step size and its schedule, clipping, batch.",
+        description="How weights move: the method with its settings, step size, schedule, clipping, batch.",
     ),
     Space(
         "model_size",
@@ -83,7 +84,8 @@ _NAMED = (
             "head": Choice(("pattern", "multihead", "angular")),
             "hidden_width": Int(8, 128, log=True),
             "hidden_depth": Int(1, 3),
-            "tuple_norm": Choice(("unit", "none")),
+            # An angular head gives tuples of unit length whatever is asked for.
+            "tuple_norm": Choice(("unit", "none"), when={"head": ("pattern", "multihead")}),
             "q_anchor": Choice(("none", "ones"), when=_MULTIHEAD),
             "q_param": Choice(("none", "softplus"), when=_MULTIHEAD),
             "q_min": Float(1e-6, 1e-1, log=True, when={**_MULTIHEAD, "q_param": ("softplus",)}),
@@ -108,8 +110,8 @@ def named_space(name: str) -> Space:
 def parse_space(plain: object) -> Space:
     """The space that a plan asks for; SpaceError with every problem found.
 
-    `plain` is a name, a list of names, a mapping of knobs to domains, or a mapping with `use` (names), `domains`
-    (further knobs), `constraints` and `override` (other domains for knobs of the spaces used). What
+    `plain` is a name, a list of names, a mapping of knobs to domains, or a mapping with `use` (names),
+    `domains` (further knobs), `constraints` and `override` (other domains for knobs of the spaces used). What
     `Space.to_plain` gives is read back as well.
     """
     if isinstance(plain, Space):

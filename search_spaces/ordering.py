@@ -1,7 +1,7 @@
 """In which order the knobs of a space are set, and which part of a range an order between values leaves.
 
-Only `a <= b` is known here. Bounds are narrowed once, when the space is built, so that every value that a smaller
-knob takes leaves at least one value to the larger: sampling then never has to try again.
+Only `a <= b` is known here. Bounds are narrowed once, when the space is built, so that every value that a
+smaller knob takes leaves at least one value to the larger: sampling then never has to try again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def reference_problems(domains: Mapping[str, Domain], constraints: Sequence[Less
     for constraint in constraints:
         for name in (constraint.smaller, constraint.larger):
             if name not in domains:
-                problems.append(f"constraint {constraint}: unknown knob {name!r} {nearest_hint(name, domains)}")
+                problems.append(
+                    f"constraint {constraint}: unknown knob {name!r} {nearest_hint(name, domains)}"
+                )
             elif numeric_bounds(domains[name]) is None:
                 problems.append(f"constraint {constraint}: {name} must be numeric, got {domains[name]}")
     return problems
@@ -59,7 +61,9 @@ def assembly_order(domains: Mapping[str, Domain], constraints: Sequence[LessEqua
     try:
         TopologicalSorter(before).prepare()
     except CycleError as cycle:
-        raise SpaceError([f"conditions and constraints go round in a circle: {' -> '.join(cycle.args[1])}"]) from None
+        raise SpaceError(
+            [f"conditions and constraints go round in a circle: {' -> '.join(cycle.args[1])}"]
+        ) from None
     order: list[str] = []
     waiting = list(domains)
     while waiting:
@@ -72,7 +76,7 @@ def assembly_order(domains: Mapping[str, Domain], constraints: Sequence[LessEqua
 def feasible_bounds(
     domains: Mapping[str, Domain], constraints: Sequence[LessEqual], order: Iterable[str]
 ) -> dict[str, tuple[float, float]]:
-    """Bounds per constrained knob that leave every knob a value whatever the others are; SpaceError where empty."""
+    """Bounds per constrained knob that always leave every knob a value; SpaceError where one has none."""
     knobs = [name for name in order if any(name in (c.smaller, c.larger) for c in constraints)]
     above = {name: [c.larger for c in constraints if c.smaller == name] for name in knobs}
     below = {name: [c.smaller for c in constraints if c.larger == name] for name in knobs}

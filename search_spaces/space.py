@@ -1,12 +1,12 @@
 """A space: named knobs with their domains, conditions between them and orders between their values.
 
-One function turns coordinates into a config (`Space.assemble`), so random, Sobol, grid and model-based search can
-only ever draw configs that are valid. It walks the knobs so that each comes after those it depends on:
+One function turns coordinates into a config (`Space.assemble`), so random, Sobol, grid and model-based search
+can only ever draw configs that are valid. It walks the knobs so that each comes after those it depends on:
 
 - a knob whose `when` does not hold is left out, and its coordinate is not read;
-- a constrained knob takes its coordinate as a share of what is left: for `a <= b`, a is drawn from the part of its
-  range that leaves b a value, then b from its range above a, on b's own scale (linear or log). Each coordinate is
-  read at most once and nothing is drawn again, so the config is a pure function of the point.
+- a constrained knob takes its coordinate as a share of what is left: for `a <= b`, a is drawn from the part
+  of its range that leaves b a value, then b from its range above a, on b's own scale (linear or log). Each
+  coordinate is read at most once and nothing is drawn again, so the config is a pure function of the point.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from typing import Any
 
 from search_spaces.domains import Choice, Const, Domain, PlainValue, parse_domain, same_value, satisfied
 from search_spaces.errors import SpaceError, nearest_hint
-from search_spaces.ordering import LessEqual, assembly_order, feasible_bounds, parse_constraint, reference_problems
+from search_spaces.ordering import (
+    LessEqual,
+    assembly_order,
+    feasible_bounds,
+    parse_constraint,
+    reference_problems,
+)
 
 Config = dict[str, PlainValue]
 
@@ -25,11 +31,20 @@ Config = dict[str, PlainValue]
 class Space:
     """What may vary in a sweep; immutable, and valid once built.
 
-    Raises SpaceError, with every problem that was found, for a condition on an unknown knob or option, an order that
-    leaves a knob without a value, and conditions or constraints that go round in a circle.
+    Raises SpaceError, with every problem that was found, for a condition on an unknown knob or option, an
+    order that leaves a knob without a value, and conditions or constraints that go round in a circle.
     """
 
-    __slots__ = ("_bounds", "_order", "_smaller", "constraints", "description", "dimensions", "domains", "name")
+    __slots__ = (
+        "_bounds",
+        "_order",
+        "_smaller",
+        "constraints",
+        "description",
+        "dimensions",
+        "domains",
+        "name",
+    )
 
     def __init__(
         self,
@@ -54,7 +69,7 @@ class Space:
         self.dimensions: tuple[str, ...] = tuple(k for k, domain in self.domains.items() if domain.has_axis)
 
     def assemble(self, coordinate: Callable[[str], float]) -> Config:
-        """The valid config at the given coordinates; `coordinate(knob)` in [0, 1] is asked for active knobs only."""
+        """The valid config at `coordinate(knob)` in [0, 1], which is asked for active knobs only."""
         config: Config = {}
         for name in self._order:
             domain = self.domains[name]
@@ -74,14 +89,18 @@ class Space:
         return self.assemble(coordinates.__getitem__)
 
     def grid(self, points_per_range: int) -> Iterator[Config]:
-        """Every config with at most `points_per_range` values per range and all options per choice, each once."""
+        """Every config of at most `points_per_range` values per range and all options, each config once."""
         if points_per_range < 1:
             raise ValueError(f"points_per_range must be >= 1, got {points_per_range=}")
         return self._grid(points_per_range, 0, {})
 
     def validate(self, config: Mapping[str, Any]) -> None:
         """Raise SpaceError, with every problem, where `config` is not one that this space can give."""
-        problems = [f"unknown knob {k!r} {nearest_hint(str(k), self.domains)}" for k in config if k not in self.domains]
+        problems = [
+            f"unknown knob {k!r} {nearest_hint(str(k), self.domains)}"
+            for k in config
+            if k not in self.domains
+        ]
         active: dict[str, Any] = {}
         for name in self._order:
             domain = self.domains[name]
@@ -106,11 +125,15 @@ class Space:
     def override(self, changes: Mapping[str, Any], *, name: str | None = None) -> Space:
         """This space with other domains for some of its knobs, each a domain or its plain form.
 
-        A mapping without `type` changes only the keys it gives; a knob keeps its condition unless one is given.
-        Where a choice is narrowed, knobs that can no longer be active leave the space. Raises SpaceError for a
-        knob that is not here, or one that is given a domain and can never be active.
+        A mapping without `type` changes only the keys it gives; a knob keeps its condition unless one is
+        given. Where a choice is narrowed, knobs that can no longer be active leave the space. Raises
+        SpaceError for a knob that is not here, or one that is given a domain and can never be active.
         """
-        problems = [f"unknown knob {k!r} {nearest_hint(str(k), self.domains)}" for k in changes if k not in self.domains]
+        problems = [
+            f"unknown knob {k!r} {nearest_hint(str(k), self.domains)}"
+            for k in changes
+            if k not in self.domains
+        ]
         domains = dict(self.domains)
         for knob, change in changes.items():
             if knob in self.domains:
@@ -123,7 +146,7 @@ class Space:
         return self._with_reachable(domains, kept=changes, name=name or self.name)
 
     def with_fixed(self, values: Mapping[str, PlainValue]) -> Space:
-        """This space with the given knobs fixed; a knob that was not in it is added, so orders hold for it too."""
+        """This space with the given knobs fixed; one that was not in it is added, so orders hold for it."""
         known = {k: Const(v) for k, v in values.items() if k in self.domains}
         domains = {**self.domains, **{k: Const(v) for k, v in values.items() if k not in self.domains}}
         widened = Space(self.name, domains, self.constraints, description=self.description)
@@ -143,7 +166,9 @@ class Space:
     def from_plain(cls, plain: Mapping[str, Any]) -> Space:
         """The space written as `{name, description, domains, constraints}`; only domains must be there."""
         known = ("name", "description", "domains", "constraints")
-        problems = [f"unknown key {key!r} {nearest_hint(str(key), known)}" for key in plain if key not in known]
+        problems = [
+            f"unknown key {key!r} {nearest_hint(str(key), known)}" for key in plain if key not in known
+        ]
         given = plain.get("domains")
         if not isinstance(given, Mapping) or not given:
             raise SpaceError([*problems, f"domains must map at least one knob to its domain, got {given!r}"])
@@ -161,7 +186,8 @@ class Space:
             except SpaceError as error:
                 problems += error.problems
         if problems:
-            # Knobs that did not parse would be reported again as unknown: leave the references for the next try.
+            # Knobs that did not parse would be reported again as unknown: leave the references for the next
+            # try.
             raise SpaceError(problems)
         name, description = str(plain.get("name") or "custom"), str(plain.get("description") or "")
         return cls(name, domains, constraints, description=description)
@@ -201,10 +227,15 @@ class Space:
         while changed:
             changed = False
             for knob, domain in list(domains.items()):
-                when = {parent: _still_possible(values, domains.get(parent)) for parent, values in domain.when.items()}
+                when = {
+                    parent: _still_possible(values, domains.get(parent))
+                    for parent, values in domain.when.items()
+                }
                 if any(not values for values in when.values()):
                     if knob in kept:
-                        raise SpaceError([f"{knob} acts only when {condition_text(domain)}, which is never so here"])
+                        raise SpaceError(
+                            [f"{knob} acts only when {condition_text(domain)}, which is never so here"]
+                        )
                     del domains[knob]
                     changed = True
                 elif when != domain.when:
@@ -214,7 +245,7 @@ class Space:
 
 
 def compose(*spaces: Space, name: str = "composed", description: str = "") -> Space:
-    """One space with the knobs and constraints of all; SpaceError names a knob that two of them define otherwise."""
+    """One space with the knobs and constraints of all; SpaceError names a knob that two define otherwise."""
     domains: dict[str, Domain] = {}
     owner: dict[str, str] = {}
     problems = []
@@ -222,7 +253,7 @@ def compose(*spaces: Space, name: str = "composed", description: str = "") -> Sp
         for knob, domain in space.domains.items():
             if knob in domains and domains[knob] != domain:
                 problems.append(
-                    f"{knob} is defined by {owner[knob]!r} as {domains[knob]} and by {space.name!r} as {domain}"
+                    f"{knob} is {domains[knob]} in space {owner[knob]!r} and {domain} in space {space.name!r}"
                 )
             else:
                 domains[knob] = domain
