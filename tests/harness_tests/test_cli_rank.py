@@ -1,0 +1,219 @@
+"""`scm-harness rank` from a folder of rows to a printed ranking and a leaderboard file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from harness.cli.main import main
+from reports.rows import RowWriter, read_rows
+from reports.schema import row_schema
+
+PLAN = """
+task: {name: table, data: x.csv, inputs: [a], target: b}
+space: [optimizer]
+seeds: [0, 1, 2]
+ranking: {nan_budget: 4, by: [accepted_error]}
+"""
+
+
+def row(config_id: str, seed: int, **changes: Any) -> dict[str, Any]:
+    base = {
+        "run_id": "r",
+        "task": "toy",
+        "config_id": config_id,
+        "trial_id": f"{config_id}-s{seed}",
+        "seed": seed,
+        "status": "completed",
+        "nan_count": 0,
+        "coverage": 0.95,
+        "target_coverage": 0.95,
+        "accepted_error": 1.0,
+        "step_time_ms": 2.0,
+        "config.learning_rate": 1e-3,
+    }
+    return base | changes
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    with RowWriter(folder / "rows", "driver", row_schema({"learning_rate": "float64"})) as writer:
+        for item in rows:
+            writer.append(item)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of three configs with two seeds: a worse one, a better one, one with NaNs."""
+    rows = [row("aaa", seed) for seed in (0, 1)]
+    rows += [row("bbb", seed, accepted_error=0.5) for seed in (0, 1)]
+    rows += [row("ccc", seed, accepted_error=0.1, nan_count=2 * seed) for seed in (0, 1)]
+    return write_run(tmp_path / "run", rows)
+
+
+def ranking_of(folder: Path) -> list[str]:
+    return pq.read_table(folder / "leaderboard.parquet").column("config_id").to_pylist()
+
+
+def test_rank_prints_and_writes_the_leaderboard(run, capsys):
+    """The best config is on top, the ruled-out one has its reason, and the file says the same."""
+    assert main(["rank", str(run)]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == ""
+    assert lines[0] == "3 configs, 2 feasible; 6 trials: 6 completed"
+    assert [line.split()[2] for line in lines if line[:11].split() in (["1", "1"], ["2", "2"])] == [
+        "bbb",
+        "aaa",
+    ]
+    assert lines[-1] == "   3  ccc  2 non-finite values (budget 0)"
+    assert ranking_of(run) == ["bbb", "aaa", "ccc"]
+
+
+def test_options_reach_the_ranking(run, capsys):
+    """A NaN budget lets the third config in, `--by` and `--top` do what they say."""
+    assert main(["rank", str(run), "--nan-budget", "2", "--by", "accepted_error,loss"]) == 0
+    assert "seeds 0, 1 without a finite loss" in capsys.readouterr().out
+    assert main(["rank", str(run), "--nan-budget", "2", "--by", "accepted_error", "--top", "1"]) == 0
+    assert "2 more configs" in capsys.readouterr().out
+    assert ranking_of(run) == ["ccc", "bbb", "aaa"]
+
+
+def test_json_is_the_whole_leaderboard(run, capsys):
+    """What a program reads is every config with every column, without NaN."""
+    assert main(["rank", str(run), "--json", "--top", "1"]) == 0
+    entries = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [entry["config_id"] for entry in entries] == ["bbb", "aaa", "ccc"]
+    assert entries[0]["accepted_error_mean"] == 0.5
+    assert entries[0]["loss_mean"] is None
+
+
+def test_the_runs_plan_is_the_default(run, capsys):
+    """Without options a run is judged as its plan says, seeds that never ran included; options win."""
+    (run / "plan.yaml").write_text(PLAN)
+    assert main(["rank", str(run)]) == 0
+    assert "ccc  seed 2 missing" in capsys.readouterr().out
+    assert main(["rank", str(run), "--failed-budget", "1"]) == 0
+    assert "nan_count at most 4" in capsys.readouterr().out
+    assert main(["rank", str(run), "--failed-budget", "1", "--nan-budget", "0"]) == 0
+    assert "2 non-finite values (budget 0)" in capsys.readouterr().out
+
+
+def test_a_run_in_which_nothing_completed_has_its_own_code(tmp_path, capsys):
+    """Failed trials are ranked and shown; the exit code says that there is nothing to choose from."""
+    run = write_run(tmp_path / "run", [row("aaa", 0, status="failed", error="boom")])
+    assert main(["rank", str(run)]) == 5
+    assert "seed 0 failed (boom)" in capsys.readouterr().out
+    assert ranking_of(run) == ["aaa"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--by", "acepted_error"], "unknown metric acepted_error; did you mean accepted_error?"),
+        (["--by", "metric.hits:higher"], "the rows hold no metric metric.hits"),
+        (["--by", "test_coverage"], "not on the test split"),
+        (["--by", ","], "by must name at least one metric"),
+        (["--nan-budget=-1"], "nan_budget must be >= 0"),
+        (["--top", "0"], "must be a positive number or all"),
+        (["--top", "few"], "must be a positive number or all"),
+        (["--target-coverage", "2"], "target_coverage must lie in [0, 1]"),
+        (["--tpo", "3"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_code_2(run, capsys, arguments, message):
+    """What cannot be ranked by is named in one line, and no leaderboard is written."""
+    assert main(["rank", str(run), *arguments]) == 2
+    check_one_line(capsys.readouterr(), message)
+    assert not (run / "leaderboard.parquet").exists()
+
+
+def missing(folder: Path) -> None:
+    """There is nothing at the path."""
+
+
+def a_file(folder: Path) -> None:
+    folder.write_text("rows")
+
+
+def not_a_run(folder: Path) -> None:
+    folder.mkdir()
+
+
+def no_rows(folder: Path) -> None:
+    (folder / "rows").mkdir(parents=True)
+
+
+def corrupt(folder: Path) -> None:
+    write_run(folder, [row("aaa", 0)])
+    path = folder / "rows" / "driver-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def foreign(folder: Path) -> None:
+    write_run(folder, [row("aaa", 0)])
+    table = read_rows(folder).replace_schema_metadata({})
+    pq.write_table(table, folder / "rows" / "other.parquet")
+
+
+def repeated(folder: Path) -> None:
+    write_run(folder, [row("aaa", 0)])
+    fragment = folder / "rows" / "driver-00000.parquet"
+    (folder / "rows" / "copy.parquet").write_bytes(fragment.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (missing, "does not exist"),
+        (a_file, "is not a folder"),
+        (not_a_run, "is not a run folder"),
+        (no_rows, "holds no rows"),
+        (corrupt, "driver-00000.parquet cannot be read as Parquet"),
+        (foreign, "other.parquet does not hold rows"),
+        (repeated, "more than once, such as aaa-s0"),
+    ],
+)
+def test_what_is_no_run_is_one_line_and_code_4(tmp_path, capsys, make, message):
+    """A path that holds no sound rows is named in one line; nothing is written there."""
+    folder = tmp_path / "run"
+    make(folder)
+    assert main(["rank", str(folder)]) == 4
+    check_one_line(capsys.readouterr(), message)
+    assert not (folder / "leaderboard.parquet").exists()
+
+
+def test_a_leaderboard_that_cannot_be_written_is_still_printed(run, capsys):
+    """The ranking is shown; that it could not be kept is an error with its code, and leaves no litter."""
+    (run / "leaderboard.parquet").mkdir()
+    assert main(["rank", str(run)]) == 4
+    out, err = capsys.readouterr()
+    assert "bbb" in out
+    assert err.startswith("error: cannot write the leaderboard")
+    assert not list(run.glob("*.tmp"))
+
+
+def test_rank_starts_without_torch_and_ray(run):
+    """Ranking a finished run does not wait for a training library."""
+    code = f"""
+import sys
+from harness.cli.main import main
+code = main(["rank", {str(run)!r}])
+heavy = [name for name in ("torch", "ray", "scipy", "optuna") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def check_one_line(captured: Any, message: str) -> None:
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
