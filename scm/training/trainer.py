@@ -159,7 +159,7 @@ class SCMTrainer:
         cadence = self.config.scheduler_cadence
         if plateau and cadence != "per_validation_metric":
             warnings.warn(
-                f"ReduceLROnPlateau needs scheduler_cadence='per_validation_metric', is not stepped {cadence!r}",
+                f"ReduceLROnPlateau is stepped per_validation_metric only, not {cadence}",
                 RuntimeWarning,
                 stacklevel=3,
             )

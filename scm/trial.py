@@ -1,0 +1,242 @@
+"""A whole trial from a flat config and a seed: optimizer, schedule, loss, loaders, trainer, decoding.
+
+Every random stream is made here from the one seed: "init" for the weights, "order" for the rows, and inside
+the trainer "tau" for the thresholds and "model" for what the model draws itself. The knobs and their
+defaults are decided in `scm.trial_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scm.data import Split
+from scm.inference.strict import InferenceConfig, strict_inference
+from scm.losses.training import LossConfig, SCMTrainingLoss
+from scm.seeding import generator, seeded_init
+from scm.training.config import TrainingConfig
+from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
+from scm.training.loader import TensorBatches
+from scm.training.objective import ProjectiveObjective
+from scm.training.trainer import SCMTrainer
+from scm.trial_config import TrialConfig
+
+DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_VALIDATION_ROWS = 4096
+
+LossFn = Callable[..., Tensor]
+
+
+def make_optimizer(config: TrialConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the optimizer that the config names, in its fused form where torch has one."""
+    return _OPTIMIZERS[config.optimizer](config, list(parameters))
+
+
+def _adam(kind: type[torch.optim.Adam]) -> Callable[[TrialConfig, list[nn.Parameter]], torch.optim.Optimizer]:
+    def make(config: TrialConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        betas = (config.beta1, config.beta2)
+        decay = config.weight_decay
+        return kind(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True)
+
+    return make
+
+
+def _sgd(config: TrialConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _rmsprop(config: TrialConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+
+
+_OPTIMIZERS: dict[str, Callable[[TrialConfig, list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adam": _adam(torch.optim.Adam),
+    "adamw": _adam(torch.optim.AdamW),
+    "sgd": _sgd,
+    "rmsprop": _rmsprop,
+}
+
+
+def make_scheduler(
+    config: TrialConfig, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """Make the schedule of the learning rate, to be stepped once an epoch; None for a constant one.
+
+    "cosine" and "linear" fall from the learning rate towards 0 at `max_epochs`.
+    """
+    if config.lr_schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.max_epochs)
+    if config.lr_schedule == "linear":
+        return torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=config.max_epochs, power=1.0)
+    return None
+
+
+def make_training_loss(config: TrialConfig) -> LossFn:
+    """Make the objective: loss(outputs, (Y_n, Y_d), *, tau, semantic_targets, loss_weights) -> 0-d tensor."""
+    constraints = SCMTrainingLoss(
+        LossConfig(
+            gamma=config.gamma,
+            tau_train=config.tau_train_max,
+            epsilon_sing=config.epsilon_sing,
+            lambda_margin=config.lambda_margin,
+            lambda_sign=config.lambda_sign,
+            lambda_rej=config.lambda_rej,
+            target_coverage=config.target_coverage,
+            coverage_term=config.coverage_term,
+            coverage_temperature=config.coverage_temperature,
+            lambda_push_down=config.lambda_push_down,
+            lambda_push_up=config.lambda_push_up,
+            tau_bottom=config.tau_bottom,
+            tau_finite=config.tau_finite,
+        )
+    )
+    return ProjectiveObjective(constraints, fit=config.fit, gamma=config.gamma)
+
+
+def make_curriculum(config: TrialConfig) -> LossWeightsCurriculum | None:
+    """Make the ramp of the constraints' weights from 0 to full over `loss_ramp_epochs`; None without one."""
+    if config.loss_ramp_epochs == 0:
+        return None
+    full: Mapping[str, float] = {
+        "margin": config.lambda_margin,
+        "sign": config.lambda_sign,
+        "rejection": config.lambda_rej,
+        "push_down": config.lambda_push_down,
+        "push_up": config.lambda_push_up,
+    }
+    ramps = {
+        term: LinearRamp(0.0, weight, start_epoch=0, end_epoch=config.loss_ramp_epochs)
+        for term, weight in full.items()
+        if weight > 0
+    }
+    return LossWeightsCurriculum(ramps)
+
+
+def make_trainer(
+    config: TrialConfig,
+    seed: int,
+    build_model: Callable[[], nn.Module],
+    train: Split,
+    val: Split | None,
+    *,
+    loss_fn: LossFn | None = None,
+    device: str | torch.device = "cpu",
+    log_hook: Callable[[Mapping[str, Any]], object] | None = None,
+) -> SCMTrainer:
+    """Make the trainer of one trial; equal arguments give bit-equal weights on the same device and software.
+
+    The model is built under the trial's own seed and put into `config.dtype`, as are the data. Without
+    `loss_fn` the objective is that of `make_training_loss`. Raises what `SCMTrainer` raises, and
+    RuntimeError from torch when the device is absent.
+    """
+    dtype = DTYPES[config.dtype]
+    with seeded_init(seed, "init"):
+        model = build_model().to(dtype)
+    # Moved before the optimizer is made, which keeps its moments where the weights are.
+    model = model.to(device)
+    optimizer = make_optimizer(config, model.parameters())
+    batches = _batches(train, dtype, config.batch_size, device, generator(seed, "order"))
+    val_batches = None
+    if val is not None:
+        val_batches = _batches(val, dtype, max(config.batch_size, _VALIDATION_ROWS), device, None)
+    training = TrainingConfig(
+        learning_rate=config.learning_rate,
+        max_epochs=config.max_epochs,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        amp_dtype=DTYPES[config.amp_dtype],
+        tau_train_min=config.tau_train_min,
+        tau_train_max=config.tau_train_max,
+        tau_infer=config.tau_infer,
+        coverage_threshold=config.coverage_threshold,
+        coverage_patience=config.coverage_patience,
+        gradient_policy=config.gradient_policy,
+        log_hook=log_hook,
+        val_loader=val_batches,
+        device=device,
+        loss_curriculum=make_curriculum(config),
+        scheduler_cadence="per_epoch",
+        clip_norm=config.clip_norm,
+        nonfinite_budget=config.nonfinite_budget,
+        seed=seed,
+        restore_best=config.restore_best,
+    )
+    return SCMTrainer(
+        model,
+        optimizer,
+        make_training_loss(config) if loss_fn is None else loss_fn,
+        batches,
+        scheduler=make_scheduler(config, optimizer),
+        config=training,
+    )
+
+
+def _batches(
+    split: Split,
+    dtype: torch.dtype,
+    batch_size: int,
+    device: str | torch.device,
+    order: torch.Generator | None,
+) -> TensorBatches:
+    inputs = split.inputs.to(dtype) if split.inputs.is_floating_point() else split.inputs
+    return TensorBatches(inputs, split.targets.to(dtype=dtype), batch_size, generator=order, device=device)
+
+
+class Decoded(NamedTuple):
+    """What a model answers on a split, on the CPU.
+
+    decoded: P/Q, NaN at bottoms, (N,) or (N, O). bottom, fault, q_abs: in the shape of the denominators.
+    """
+
+    decoded: Tensor
+    bottom: Tensor
+    fault: Tensor
+    q_abs: Tensor
+
+
+def decode_split(model: nn.Module, split: Split, *, tau_infer: float, batch_size: int = 4096) -> Decoded:
+    """Return the model's strict answers on all rows of a split, in their order.
+
+    The model is in eval mode meanwhile, and afterwards in the mode it was in. Raises ValueError for a split
+    without rows.
+    """
+    if len(split) == 0:
+        raise ValueError("split must have at least one row, got 0")
+    weight = next(model.parameters())
+    strict = InferenceConfig(tau_infer=tau_infer)
+    inputs = split.inputs.to(weight.dtype) if split.inputs.is_floating_point() else split.inputs
+    parts: list[Decoded] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for rows in inputs.split(batch_size):
+                P, Q = model(rows.to(weight.device))[:2]
+                result = strict_inference(P, Q, strict)
+                part = (result.decoded, result.bottom_mask, result.fault_mask, Q.abs())
+                parts.append(Decoded(*(item.cpu() for item in part)))
+    finally:
+        model.train(was_training)
+    # Joined outside of inference mode: tensors made inside of it may not be used by autograd later.
+    return Decoded(*(torch.cat(column) for column in zip(*parts, strict=True)))
