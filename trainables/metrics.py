@@ -27,11 +27,11 @@ def standard_metrics(
     """Score predictions so that neither abstaining nor answering garbage looks good.
 
     `prediction`, `accepted` (bool), `value` and `status` (codes of `STATUS_CODES`) share the shape (N,) or
-    (N, O); an `accepted` of shape (N,) holds for all outputs of a row. `value` is the label of a finite row and
-    the bound of a censored one (NaN: no bound known). `baseline` is the trivial answer, a number or (O,).
+    (N, O); an `accepted` of shape (N,) holds for all outputs of a row. `value` is the label of a finite row
+    and the bound of a censored one (NaN: no bound known). `baseline` is the trivial answer, a number or (O,).
 
-    - accepted_error: mean over the accepted finite rows of |prediction - value| and over the accepted censored
-      rows of what the prediction oversteps the bound by; NaN when nothing that counts was accepted.
+    - accepted_error: mean over the accepted finite rows of |prediction - value| and over the accepted
+      censored rows of what the prediction oversteps the bound by; NaN when nothing that counts was accepted.
     - charged_error: every finite row pays, its |prediction - value| if accepted, |baseline - value| if not.
     - false_accept_rate: the accepted share of the rows labelled bottom or censored; NaN without such rows.
     - false_reject_rate: the rejected share of the finite rows; NaN without such rows.

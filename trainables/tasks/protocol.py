@@ -59,7 +59,7 @@ class Task(Protocol):
         ...
 
     def make_loss(self, config: TrialConfig) -> LossFn | None:
-        """Give a loss with the signature of `scm.trial.make_training_loss(config)`, or None to take that one."""
+        """Give a loss with the signature of `scm.trial.make_training_loss(config)`, or None for that one."""
         ...
 
     def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Task(Protocol):
 
 
 def check_task(task: object, where: str) -> None:
-    """Raise `TaskError` naming the first thing that `task` lacks to be a `Task`; `where` says where it is from.
+    """Raise `TaskError` naming the first thing that `task` lacks to be a `Task`; `where` names the task.
 
     >>> check_task(object(), "my_module:thing")
     Traceback (most recent call last):
@@ -83,7 +83,7 @@ def check_task(task: object, where: str) -> None:
 
 
 def check_splits(splits: object, where: str) -> None:
-    """Raise `TaskError` unless `splits` maps "train", "val" and "test" to splits that hold rows of finite inputs."""
+    """Raise `TaskError` unless `splits` maps train, val and test to splits with rows of finite inputs."""
     from scm.data import Split  # torch loads here, where data are at hand anyway
 
     if not isinstance(splits, Mapping):
@@ -119,7 +119,7 @@ def check_params(task: str, params: Mapping[str, Any], known: Iterable[str]) -> 
 
     >>> check_params("table", {"inptus": []}, ["inputs", "target"])
     Traceback (most recent call last):
-    trainables.tasks.protocol.TaskError: unknown parameter 'inptus' of the task 'table'; did you mean 'inputs'? ...
+    trainables.tasks.protocol.TaskError: unknown parameter 'inptus' of the task 'table'; did you mean ...
     """
     names = list(known)
     for name in params:

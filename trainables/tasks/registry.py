@@ -45,8 +45,9 @@ TASKS: dict[str, TaskEntry] = {
 def make_task(name: str, params: Mapping[str, Any], base_dir: Path) -> Task:
     """Make the task that a plan names: a name of `TASKS`, or `module:attribute` for one of the user's own.
 
-    A relative path in the parameter "data" is taken from `base_dir` (the plan's folder), and so are the user's
-    modules. Raises `TaskError` when the task is unknown, lacks a method, or refuses its parameters or data.
+    A relative path in the parameter "data" is taken from `base_dir` (the plan's folder), and so are the
+    user's modules. Raises `TaskError` when the task is unknown, lacks a method, or refuses its parameters
+    or data.
     """
     resolved = _resolve_data(params, base_dir)
     if ":" in name:
@@ -100,8 +101,8 @@ def _load_attribute(module_name: str, attribute: str, base_dir: Path) -> Any:
 def _import_from(module_name: str, base_dir: Path) -> Any:
     """Import a module with the plan's folder first on the path, and leave the folder last on it.
 
-    First, so that the user's file wins; last afterwards, so that a `random.py` beside the plan does not become
-    everybody's `random`, while the user's own later imports are still found.
+    First, so that the user's file wins; last afterwards, so that a `random.py` beside the plan does not
+    become everybody's `random`, while the user's own later imports are still found.
     """
     folder = str(base_dir.resolve())
     own_file = base_dir.resolve().joinpath(*module_name.split(".")).with_suffix(".py")
@@ -109,7 +110,8 @@ def _import_from(module_name: str, base_dir: Path) -> Any:
     loaded_file = getattr(loaded, "__file__", None)
     if loaded_file is not None and own_file.is_file() and Path(loaded_file).resolve() != own_file:
         raise TaskError(
-            f"module {module_name!r} is already loaded from {loaded_file}; rename {own_file} to use it as a task"
+            f"module {module_name!r} is already loaded from {loaded_file}; "
+            f"rename {own_file} to use it as a task"
         )
     if folder not in sys.path:
         sys.path.append(folder)

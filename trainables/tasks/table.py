@@ -1,4 +1,4 @@
-"""The task `table`: learn from any CSV or Parquet file, with censored and missing targets said by a status column.
+"""The task `table`: learn from any CSV or Parquet file, censored and missing targets told by a status column.
 
 What a file may hold, and what is said when it does not, is in `trainables.tasks.table_data`.
 """
@@ -47,15 +47,15 @@ TRANSFORMS: tuple[str, ...] = ("none", "log")
 class TableParams:
     """What the task `table` needs to know; the one home of its defaults.
 
-    `data`: the file. `inputs`, `target`: columns (a list of targets trains one output each). Inputs are always
-    named, so that a column which gives the target away does not slip in.
+    `data`: the file. `inputs`, `target`: columns (a list of targets trains one output each). Inputs are
+    always named, so that a column which gives the target away does not slip in.
     `status`: {column, values}: a column of labels (or one per target) and what each label means, one of
     `STATUSES`. A finite label on an empty target is `missing`; a censored row's target is its bound.
-    `split`: {column, values}: a column that says train, val or test (through the optional map `values`); without
-    it rows are dealt by `fractions`, each status in proportion, from `split_seed`, so that all seeds of a sweep
-    share one split and differ in training alone.
-    `missing_inputs`: error, mean (of the training split) or drop (the row). `types`: a column's kind where the
-    file's type does not say it. `max_levels`: the most levels that a categorical input may have.
+    `split`: {column, values}: a column that says train, val or test (through the optional map `values`);
+    without it rows are dealt by `fractions`, each status in proportion, from `split_seed`, so that all
+    seeds of a sweep share one split and differ in training alone.
+    `missing_inputs`: error, mean (of the training split) or drop (the row). `types`: a column's kind where
+    the file's type does not say it. `max_levels`: the most levels that a categorical input may have.
     """
 
     data: Path
@@ -81,7 +81,7 @@ class TableParams:
         for column, kind in self.types.items():
             if column not in self.inputs:
                 raise TaskError(f"types must name inputs, got {column!r}{nearest(str(column), self.inputs)}")
-            _check_choice(f"the type of {column!r}", kind, KINDS)
+            _check_choice(f"type of {column!r}", kind, KINDS)
         if len(self.fractions) != 3 or not all(0 < part < 1 for part in self.fractions):
             raise TaskError(f"fractions must be three shares in (0, 1), got {list(self.fractions)}")
         if abs(sum(self.fractions) - 1) > 1e-6:
@@ -114,7 +114,7 @@ class TableParams:
 
 
 def parse_table_params(params: Mapping[str, Any]) -> TableParams:
-    """Turn a plan's words into `TableParams`; `TaskError` names the first that is unknown, absent or of wrong type."""
+    """Turn a plan's words into `TableParams`; `TaskError` names the first that is unknown or does not fit."""
     known = TableParams.__dataclass_fields__
     check_params("table", params, known)
     for name in ("data", "inputs", "target"):
@@ -144,12 +144,12 @@ def parse_table_params(params: Mapping[str, Any]) -> TableParams:
 
 
 def make_table_task(params: Mapping[str, Any]) -> TableTask:
-    """Read the file and make the task; `TaskError` says in one line what is wrong with the words or the data."""
+    """Read the file and make the task; `TaskError` says in one line what is wrong with words or data."""
     return TableTask(parse_table_params(params))
 
 
 class TableTask:
-    """A table's rows as splits of standardised inputs and projective targets, scored in the target's own unit.
+    """A table's rows as splits of standardised inputs and projective targets, scored in the target's unit.
 
     Inputs and target are standardised with the training split's mean and deviation alone. The split does not
     depend on the trial's seed. Each `Split.extras` holds `value`, the target as recorded (float64; a censored
@@ -253,7 +253,8 @@ def _read_targets(table: pa.Table, params: TableParams) -> tuple[np.ndarray, np.
         unlabelled = np.flatnonzero((labels == "") & ~np.isnan(value[:, output]))
         if unlabelled.size:
             raise TaskError(
-                f"every row with a target must have a status, got none in column {column!r}, row {unlabelled[0] + 1}"
+                f"every row with a target must have a status, got none in column {column!r}, "
+                f"row {unlabelled[0] + 1}"
             )
         status[:, output] = [STATUS_CODES[label or "missing"] for label in labels]
     status[(status == STATUS_CODES["finite"]) & np.isnan(value)] = STATUS_CODES["missing"]
@@ -312,7 +313,8 @@ def _check_split_rows(rows: Mapping[str, np.ndarray], status: np.ndarray) -> Non
         finite = (status[rows[name]] == STATUS_CODES["finite"]).any(axis=0)
         if not finite.all():
             raise TaskError(
-                f"the {name} split must have a finite row for every target, got no finite row among {rows[name].size}"
+                f"the {name} split must have a finite row for every target, got no finite row among "
+                f"{rows[name].size}"
             )
 
 

@@ -1,6 +1,6 @@
 """From a CSV or Parquet file to plain arrays: reading, column kinds, encoding, and who is in which split.
 
-Everything that can be wrong with a file is said here, in one line that names the rule, the column and the value.
+Everything that can be wrong with a file is said here, in one line that names rule, column and value.
 What the arrays mean for a model (targets, metrics) is decided in `trainables.tasks.table`.
 """
 
@@ -26,7 +26,7 @@ _MICROSECONDS_PER_DAY = 86_400_000_000
 
 @dataclass(frozen=True, slots=True)
 class InputColumn:
-    """One input of a table: numbers with NaN where missing (days for dates), or texts with None where missing."""
+    """One input of a table: numbers, NaN where missing (dates as days), or texts, None where missing."""
 
     name: str
     kind: str
@@ -42,7 +42,7 @@ class InputColumn:
 
 
 def read_table(path: Path, text_columns: Iterable[str] = ()) -> pa.Table:
-    """Read a CSV or Parquet file (told apart by its ending) whole; `text_columns` of a CSV stay text as written.
+    """Read a CSV or Parquet file (told apart by its ending); `text_columns` of a CSV stay text as written.
 
     Raises `TaskError` for a missing, unreadable, unknown or empty file.
     """
@@ -76,7 +76,7 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pa.Table:
 
 
 def check_columns(table: pa.Table, role: str, names: Sequence[str], file: str) -> None:
-    """Raise `TaskError` for the first of `names` that the file does not have, with the nearest that it has."""
+    """Raise `TaskError` for the first of `names` that the file lacks, with the nearest that it has."""
     for name in names:
         if name not in table.column_names:
             known = [column for column in table.column_names if column]
@@ -105,7 +105,7 @@ def read_input(table: pa.Table, name: str, kind: str | None) -> InputColumn:
 
 
 def to_numbers(name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """Convert a column to float64 with NaN where missing; `TaskError` names the first value that is no number."""
+    """Convert a column to float64, NaN where missing; `TaskError` names the first value that is no number."""
     try:
         numbers = column.cast(pa.float64(), safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -119,10 +119,10 @@ def to_numbers(name: str, column: pa.ChunkedArray) -> np.ndarray:
 
 
 def label_key(value: Any) -> str:
-    """Give the text under which a label is looked up, the same for a plan's, a CSV's and a Parquet file's spelling.
+    """Give the text under which a label is looked up, the same for a plan's, a CSV's and a Parquet spelling.
 
-    >>> label_key(True) == label_key("TRUE"), label_key(1) == label_key("1") == label_key(1.0), label_key(None)
-    (True, True, '')
+    >>> label_key(True) == label_key("TRUE"), label_key(1) == label_key("1") == label_key(1.0)
+    (True, True)
     """
     if value is None:
         return ""
@@ -158,8 +158,8 @@ def mapped_labels(
             mapped.append("")
         else:
             raise TaskError(
-                f"every value of the {role} column {name!r} must be in its map, got {value!r} in row {row + 1}"
-                f"{nearest(key, [str(item) for item in values])}"
+                f"every value of the {role} column {name!r} must be in its map, got {value!r} in row "
+                f"{row + 1}{nearest(key, [str(item) for item in values])}"
             )
     return np.array(mapped, dtype=object)
 
@@ -187,10 +187,10 @@ def keep_rows(columns: Sequence[InputColumn], rule: str) -> np.ndarray:
 def encode_inputs(
     columns: Sequence[InputColumn], train: np.ndarray, max_levels: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Standardise numbers and one-hot categories, fitted on the rows `train` alone; (N, D) float64 and D names.
+    """Standardise numbers and one-hot categories, fitted on the rows `train`; (N, D) float64 and D names.
 
-    A missing number becomes the training mean. A missing category, and a level that training has not seen, is a
-    row of zeros.
+    A missing number becomes the training mean. A missing category, and a level that training has not seen,
+    is a row of zeros.
     """
     blocks: list[np.ndarray] = []
     names: list[str] = []
@@ -199,9 +199,9 @@ def encode_inputs(
             levels = sorted({value for value in column.values[train] if value is not None})
             if len(levels) > max_levels:
                 raise TaskError(
-                    f"a categorical input must have at most max_levels={max_levels} levels, got {len(levels)} in "
-                    f"column {column.name!r} (such as {levels[0]!r}); is it a number? types: "
-                    f"{{{column.name}: numeric}} says so"
+                    f"a categorical input must have at most max_levels={max_levels} levels, got "
+                    f"{len(levels)} in column {column.name!r} (such as {levels[0]!r}); is it a number? "
+                    f"types: {{{column.name}: numeric}} says so"
                 )
             blocks.append((column.values[:, None] == np.array(levels, dtype=object)).astype(np.float64))
             names += [f"{column.name}={level}" for level in levels]
@@ -233,14 +233,14 @@ def stratified_split(
 ) -> dict[str, np.ndarray]:
     """Deal rows to train, val and test, each stratum in the same proportions; sorted row numbers by name.
 
-    `strata` (N,) holds one integer per row. The sizes over all strata are within one row of N x fraction, however
-    small the strata are.
+    `strata` (N,) holds one integer per row. The sizes over all strata are within one row of N x fraction,
+    however small the strata are.
     """
     order = np.concatenate(
         [generator.permutation(np.flatnonzero(strata == stratum)) for stratum in np.unique(strata)]
     )
-    # Position i takes the place of i x golden ratio mod 1 among all: every run of positions, and with it every
-    # stratum, fills the three intervals in proportion.
+    # Position i takes the place of i x golden ratio mod 1 among all: every run of positions, and with it
+    # every stratum, fills the three intervals in proportion.
     golden = (np.sqrt(5.0) - 1.0) / 2.0
     places = np.argsort(np.argsort((np.arange(order.size) * golden) % 1.0))
     edges = np.cumsum(fractions)[:-1] / np.sum(fractions)

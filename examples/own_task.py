@@ -1,0 +1,84 @@
+"""A task of your own: where does a thin lens form its image?
+
+An object at distance d from a lens of focal length f has its image at d f / (d - f). At d = f there is none:
+the rays leave in parallel, and the only right answer is bottom. The plan beside this file names the class:
+
+    scm-harness sweep examples/own_task.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scm.data import Split
+from scm.seeding import generator
+from scm.training.targets import STATUS_CODES, lift_semantic_targets
+from scm.trial import Decoded
+from scm.trial_config import TrialConfig
+from trainables.metrics import standard_metrics
+from trainables.tasks.protocol import LossFn, TaskError, check_params
+
+
+class LensModel(nn.Module):
+    """A numerator and a denominator (P, Q), each (B,), from object distance and focal length (B, 2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        # On the unit circle |Q| is a share, so that a threshold on it means the same for every model.
+        p, q = nn.functional.normalize(self.head(self.body(inputs)), dim=-1).unbind(-1)
+        return p, q
+
+
+class LensTask:
+    """Image distances in focal lengths, with the rows that have no image labelled bottom."""
+
+    name = "lens"
+    error_unit = "focal lengths"
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        check_params(self.name, params, ("rows", "blur"))
+        self.rows = params.get("rows", 600)
+        self.blur = params.get("blur", 0.05)  # nearer to the focus than this, relative, there is no image
+        if not isinstance(self.rows, int) or self.rows < 30:
+            raise TaskError(f"rows must be a whole number >= 30, got {self.rows!r}")
+
+    def splits(self, seed: int) -> Mapping[str, Split]:
+        """Draw the three splits from generators of their own: new data for every seed of the plan."""
+        sizes = {"train": self.rows, "val": self.rows // 3, "test": self.rows // 3}
+        return {name: self._draw(count, generator(seed, f"lens {name}")) for name, count in sizes.items()}
+
+    def build_model(self, config: TrialConfig) -> nn.Module:
+        """Any module that gives (P, Q); knobs of the config are there to be read."""
+        return LensModel(config.hidden_width)
+
+    def make_loss(self, config: TrialConfig) -> LossFn | None:
+        """None takes the loss that the config describes; a function of your own may stand here."""
+        return None
+
+    def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
+        """Score in focal lengths; an abstention is charged the error of answering the usual 2 f."""
+        value, status = split.extras["value"], split.extras["status"]
+        scores = standard_metrics(decoded.decoded, ~decoded.bottom, value, status, baseline=2.0)
+        real = ~decoded.bottom & (value > 0) & (status == STATUS_CODES["finite"])
+        scores["right_side"] = float((decoded.decoded[real] > 0).float().mean())  # column metric.right_side
+        return scores
+
+    def _draw(self, count: int, draws: torch.Generator) -> Split:
+        focal = 0.5 + torch.rand(count, generator=draws)
+        distance = focal * (0.5 + 2.0 * torch.rand(count, generator=draws))
+        no_image = (distance / focal - 1.0).abs() < self.blur
+        value = torch.where(no_image, torch.nan, distance / (distance - focal))
+        status = torch.where(no_image, STATUS_CODES["bottom"], STATUS_CODES["finite"])
+        return Split(
+            inputs=torch.stack([distance, focal], dim=-1),
+            targets=lift_semantic_targets(value, status),
+            extras={"value": value, "status": status},
+        )

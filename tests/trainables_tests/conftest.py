@@ -1,0 +1,53 @@
+"""The example data sets as task parameters, and small tables made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+NH4: dict[str, Any] = {
+    "data": str(ROOT / "data" / "nh4.csv"),
+    "inputs": ["Week", "Date.On"],
+    "target": "NH4.mg.per.L",
+    "target_transform": "log",
+    "status": {"column": "Censored", "values": {"TRUE": "censored_below", "FALSE": "finite"}},
+}
+GBSG2: dict[str, Any] = {
+    "data": str(ROOT / "data" / "gbsg2.csv"),
+    "inputs": ["horTh", "age", "menostat", "tsize", "tgrade", "pnodes", "progrec", "estrec"],
+    "target": "time",
+    "target_transform": "log",
+    "status": {"column": "cens", "values": {"1": "finite", "0": "censored_above"}},
+}
+
+
+@pytest.fixture
+def nh4() -> dict[str, Any]:
+    """Parameters of the task `table` on the ammonium data."""
+    return dict(NH4)
+
+
+@pytest.fixture
+def gbsg2() -> dict[str, Any]:
+    """Parameters of the task `table` on the breast cancer data."""
+    return dict(GBSG2)
+
+
+@pytest.fixture
+def write_csv(tmp_path: Path) -> Callable[..., str]:
+    """Write columns given by name as a CSV file; None is an empty cell."""
+
+    def write(name: str = "data.csv", /, **columns: list[Any]) -> str:
+        lines = [",".join(columns)]
+        for row in zip(*columns.values(), strict=True):
+            lines.append(",".join("" if cell is None else str(cell) for cell in row))
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+    return write

@@ -1,0 +1,168 @@
+"""How Ray Tune runs a trial: one job after another in one actor, one epoch a step, one outcome at the end.
+
+What a trial does is decided in `trainables.trial`. Here: what the actor keeps between trials (loaded data,
+threads), and what it must not keep (anything else).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from scm.data import Split
+from trainables.tasks.protocol import Task, data_digest
+from trainables.tasks.registry import PATH_PARAMETER, make_task
+from trainables.trial import HISTORY_KEYS, TrialRun, check_device, failed_outcome, make_splits
+
+_KEPT_DATA = 4  # tasks x seeds: a sweep has one task and a handful of seeds, and each may be large
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with the splits of one seed, checked, and their digest."""
+
+    task: Task
+    splits: Mapping[str, Split]
+    data_digest: str
+
+
+_loaded: OrderedDict[str, LoadedTask] = OrderedDict()
+
+
+def load_task(spec: Mapping[str, Any], seed: int) -> LoadedTask:
+    """Make the task and the splits that a job names, once per process, spec, seed and content of its file.
+
+    `spec` is {"name", "params", "base_dir"}. Whatever the task raises comes through.
+    """
+    base_dir = Path(spec["base_dir"])
+    key = json.dumps([spec, seed, _file_digest(spec, base_dir)], sort_keys=True, default=str)
+    if key in _loaded:
+        _loaded.move_to_end(key)
+        return _loaded[key]
+    task = make_task(spec["name"], spec.get("params", {}), base_dir)
+    splits = make_splits(task, seed)
+    _loaded[key] = LoadedTask(task=task, splits=splits, data_digest=data_digest(splits))
+    while len(_loaded) > _KEPT_DATA:
+        _loaded.popitem(last=False)
+    return _loaded[key]
+
+
+def _file_digest(spec: Mapping[str, Any], base_dir: Path) -> str:
+    data = spec.get("params", {}).get(PATH_PARAMETER)
+    path = base_dir / Path(data).expanduser() if isinstance(data, str) else None
+    if path is None or not path.is_file():
+        return ""
+    stat = path.stat()
+    return _digest_of(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _digest_of(path: str, size: int, modified_ns: int) -> str:
+    """Hash a file, again only when its size or time of change is another."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+class SCMTrainable(tune.Trainable):
+    """One trial after another in the same actor; each leaves nothing behind but loaded data.
+
+    The config is {"job": {"config": flat, "seed": int, "task": {"name", "params", "base_dir"}, "device":
+    "cpu" or "cuda", "trial_id": str, "outcome_epochs": epochs, optional}}.
+
+    Each step is an epoch. It returns the epoch's numbers at the top level and under "history" (empty when
+    the trial ended without finishing the epoch), and "done". The trial's "outcome" and "provenance" come with
+    the last epoch and with each of `outcome_epochs`, where the outcome is that of a trial stopped there: a
+    scheduler that stops it then has its row. They are None otherwise.
+
+    A task or a training that raises ends its trial with the outcome "failed"; the actor goes on. A GPU that
+    is asked for and absent raises `DeviceError`: no trial of such a job can run here.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take the first job, on as many threads as Ray has given CPUs."""
+        torch.set_num_threads(_thread_share(self.trial_resources))
+        self._start(config["job"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next job; always possible."""
+        self._start(new_config["job"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train one epoch; with the last one, the outcome is there and `done` is true."""
+        said: dict[str, Any] = {}
+        if self._run is not None and not self._run.done:
+            said = self._run.step()
+        done = self._run is None or self._run.done
+        outcome = self._failed
+        if self._run is not None and (done or said.get("epoch") in self._outcome_epochs):
+            outcome = self._run.outcome()
+            done = self._run.done  # measuring an outcome may itself fail
+        numbers = {key: said.get(key, float("nan")) for key in HISTORY_KEYS}
+        if outcome is not None:
+            numbers["epoch"] = outcome["epochs"]
+        return {
+            **numbers,
+            "history": said,
+            "outcome": outcome,
+            "provenance": None if outcome is None else dict(self._provenance),
+            "done": done,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Write the trial's state into `checkpoint_dir`; a trial that failed at its start has none."""
+        if self._run is not None:
+            self._run.save(Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from a folder that `save_checkpoint` wrote for the same job."""
+        if self._run is not None:
+            self._run.load(Path(checkpoint))
+
+    def cleanup(self) -> None:
+        """Let go of the model and the trainer; loaded data go with the process."""
+        self._run = None
+
+    def _start(self, job: Mapping[str, Any]) -> None:
+        device = job.get("device", "cpu")
+        check_device(device)
+        self._run: TrialRun | None = None
+        self._failed: dict[str, Any] | None = None
+        self._provenance = _provenance(device)
+        self._outcome_epochs = frozenset(job.get("outcome_epochs", ()))
+        try:
+            loaded = load_task(job["task"], job["seed"])
+        except Exception as error:  # a task that raises is a row of every trial that asks for it
+            self._failed = failed_outcome(error, job["config"])
+            return
+        self._provenance["data_digest"] = loaded.data_digest
+        self._run = TrialRun(loaded.task, job["config"], job["seed"], device, splits=loaded.splits)
+
+
+def _thread_share(resources: Any) -> int:
+    """Give the whole CPUs of a trial's share, at least 1 (also outside of Tune, where there is no share)."""
+    cpus = resources.head_cpus if resources is not None else 1
+    return max(1, int(cpus))
+
+
+def _provenance(device: str) -> dict[str, Any]:
+    """Say where and when this trial runs, in the words of a row's columns."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
+    return {
+        "hostname": socket.gethostname(),
+        "device": device,
+        "device_name": name or platform.machine(),
+        "started_at": datetime.now(UTC).isoformat(),
+        "torch_version": torch.__version__,
+    }
