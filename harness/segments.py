@@ -60,7 +60,7 @@ class SegmentTrainable(SCMTrainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train until the segment ends or seconds have passed; "report" holds what was said since the last."""
+        """Train until the segment ends or seconds have passed; "report" holds what was said meanwhile."""
         report_at = time.monotonic() + REPORT_EVERY_S
         epochs: list[Mapping[str, float]] = []
         while True:

@@ -79,7 +79,7 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
 
 
 def check_data(plan: Plan) -> dict[int, str]:
-    """Load the task's data for every seed, as a worker will, and give its digests; bad data is a `UserError`."""
+    """Load the task's data for every seed, as a worker will; give its digests, or raise a `UserError`."""
     from trainables.ray_trainable import load_task
     from trainables.tasks.protocol import TaskError
     from trainables.trial import error_line
