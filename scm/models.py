@@ -38,10 +38,10 @@ class ProjectiveNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map x (B, ...) with input_dim numbers per row to P and Q."""
-        rows = x.reshape(x.shape[0], -1)
+        rows = x.unsqueeze(1) if x.ndim == 1 else x.flatten(start_dim=1)
         if rows.shape[1] != self.input_dim:
             raise ValueError(f"a row of x must hold {self.input_dim} numbers, got shape {tuple(x.shape)}")
-        P, Q = self.head(self.backbone(rows))
+        P, Q = self.head(self.backbone(rows.to(next(self.head.parameters()).dtype)))
         if not isinstance(self.head, AngularProjectiveHead):
             P, Q = self._normalize(P, Q)
         return (P.squeeze(-1), Q.squeeze(-1)) if self.output_dim == 1 else (P, Q)
@@ -70,7 +70,7 @@ class PatternHead(nn.Module):
 
 
 class ProjectiveRationalMultiHeadOnFeatures(nn.Module):
-    """A linear layer to [z_den | z_num] and a `ProjectiveRationalMultiHead` on it: Q is shared by the outputs."""
+    """A linear layer to [z_den | z_num] under a `ProjectiveRationalMultiHead`: the outputs share Q."""
 
     def __init__(self, input_dim: int, rational: ProjectiveRationalMultiHead) -> None:
         super().__init__()

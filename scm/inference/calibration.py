@@ -24,7 +24,14 @@ import torch
 from torch import Tensor, nn
 
 import scm
-from scm.inference.strict import InferenceConfig, InferenceResult, strict_inference, threshold_in
+from scm.inference.strict import (
+    InferenceConfig,
+    InferenceResult,
+    as_inexact,
+    strict_inference,
+    tensor_of,
+    threshold_in,
+)
 from scm.inference.wrapper import projective_pair
 from scm.metrics.tau_sweep import CURVE_NAMES, checked_rows, tau_infer_sweep_from_q_abs
 
@@ -77,6 +84,9 @@ class CalibrationRecord:
         object.__setattr__(self, "bound", MappingProxyType(dict(self.bound)))
         curve = {name: tuple(values) for name, values in self.curve.items()}
         object.__setattr__(self, "curve", MappingProxyType(curve))
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (CalibrationRecord.from_json, (self.to_json(),))
@@ -182,6 +192,7 @@ def calibrate(
     """
     q, in_range = checked_rows(q_abs, is_in_range)
     bound = _checked_bound(max_false_accept, max_false_reject, confidence, tau_min)
+    _check_gauge_of(q, gauge)
     floor = threshold_in(tau_min, q.dtype)
     if max_false_accept is not None:
         tau = _smallest_for_false_accept(q[~in_range], max_false_accept, confidence, floor)
@@ -245,9 +256,10 @@ def calibrated_decode(
                 f"tau_infer was chosen for tuples of gauge {record.gauge!r}, got tuples of gauge {gauge!r}"
             )
         config = record.inference_config(tau_train=tau_train)
+    result = strict_inference(numerator, denominator, config)
     if gauge == "unit":
         _check_unit(numerator, denominator)
-    return strict_inference(numerator, denominator, config)
+    return result
 
 
 class CalibratedHead(nn.Module):
@@ -329,8 +341,7 @@ def _allowed(bound: float, total: int, confidence: float | None, name: str, rows
         count -= 1
     if confidence is None:
         return count
-    while count >= 0 and _binomial_cdf(count, total, bound) > 1.0 - confidence:
-        count -= 1
+    count = min(count, _largest_count(total, bound, 1.0 - confidence))
     if count < 0:
         needed = math.log(1.0 - confidence) / math.log1p(-bound) if bound > 0.0 else math.inf
         wanted = f"at least {math.ceil(needed)} rows" if math.isfinite(needed) else "a bound above 0"
@@ -342,16 +353,17 @@ def _allowed(bound: float, total: int, confidence: float | None, name: str, rows
     return count
 
 
-def _binomial_cdf(count: int, total: int, rate: float) -> float:
-    """P(X <= count) for X ~ Binomial(total, rate), rate in [0, 1)."""
+def _largest_count(total: int, rate: float, probability: float) -> int:
+    """The largest k with P(X <= k) <= probability for X ~ Binomial(total, rate); -1 where there is none."""
     if rate <= 0.0:
-        return 1.0
-    terms = [
-        math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
-        + k * math.log(rate) + (total - k) * math.log1p(-rate)
-        for k in range(count + 1)
-    ]  # fmt: skip
-    return min(1.0, math.fsum(math.exp(term) for term in terms))
+        return -1
+    below = 0.0
+    for k in range(total + 1):
+        ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+        below += math.exp(ways + k * math.log(rate) + (total - k) * math.log1p(-rate))
+        if below > probability:
+            return k - 1
+    return total
 
 
 def _with_confidence(confidence: float | None) -> str:
@@ -389,19 +401,31 @@ def _data_hash(given: str | Tensor | None, q: Tensor, in_range: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _check_gauge_of(q: Tensor, gauge: str) -> None:
+    if gauge not in GAUGES:
+        raise ValueError(f"gauge must be one of {GAUGES}, got {gauge=}")
+    beyond = q[torch.isfinite(q) & (q > 1.0 + math.sqrt(torch.finfo(q.dtype).eps))]
+    if gauge == "unit" and len(beyond):
+        raise GaugeMismatchError(
+            f"|Q| <= 1 in the gauge 'unit', got {float(beyond.max())}; normalise, or use gauge='raw'"
+        )
+
+
 def _check_unit(numerator: Any, denominator: Any) -> None:
-    P = torch.as_tensor(numerator).detach()
-    Q = torch.as_tensor(denominator).detach()
+    P, Q = (
+        as_inexact(tensor_of(part) if isinstance(part, np.ndarray) else part.detach())
+        for part in (numerator, denominator)
+    )
     if P.shape != Q.shape:
         raise GaugeMismatchError(
-            f"tuples of gauge 'unit' must have P and Q of one shape, got {tuple(P.shape)} and {tuple(Q.shape)}"
+            f"'unit' tuples must have P and Q of one shape, got {tuple(P.shape)} and {tuple(Q.shape)}"
         )
     norm = torch.hypot(P.abs().to(torch.float64), Q.abs().to(torch.float64))
     tolerance = math.sqrt(torch.finfo(P.abs().dtype).eps)
     off = torch.isfinite(norm) & (norm != 0) & ((norm - 1.0).abs() > tolerance)
     if bool(off.any()):
         raise GaugeMismatchError(
-            f"tuples of gauge 'unit' must have P² + Q² = 1, got {int(off.sum())} of {off.numel()} that do not, "
+            f"'unit' tuples must have P² + Q² = 1, got {int(off.sum())} of {off.numel()} that do not, "
             f"the first with norm {float(norm[off][0]):.6g}"
         )
 
@@ -436,6 +460,14 @@ def _check_record(record: CalibrationRecord) -> None:
         value = getattr(record, field)
         if not isinstance(value, Mapping) or set(value) != set(names):
             raise CalibrationError(f"{field} must have exactly the entries {names}, got {value!r}")
+    for name, count in record.counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise CalibrationError(f"counts must be ints >= 0, got {name}={count!r}")
+    dtype = getattr(torch, record.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CalibrationError(f"dtype must name a floating-point dtype, got {record.dtype!r}")
+    if threshold_in(tau, dtype) != tau:
+        raise CalibrationError(f"tau_infer must be representable in {record.dtype}, got {tau!r}")
 
 
 def _canonical(plain: Mapping[str, Any]) -> str:

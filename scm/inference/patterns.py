@@ -31,12 +31,12 @@ def decode_strict_censored_3way(
     semantic_bottom_mask: Tensor | None = None,
     bottom_provenance: Tensor | None = None,
 ) -> SemanticDecodeResult:
-    """Decode tuples of one shape (normally (B,)) and say of each whether its value is below, in or above range.
+    """Decode tuples and say of each whether its value is below, in or above the range; P and Q share a shape.
 
-    Accepted tuples are in range. A semantic bottom points where the sign of P points, zero counting as above;
-    `orientation_signal` (shape of P; < 0 below, > 0 above, 0 in range) replaces that sign and is also followed
-    at faults; `direction_logits` (shape (*P.shape, 2), [below, above]) decides at semantic bottoms before both.
-    Faults without a signal are class 1, "nothing known", with bottom_mask set.
+    Accepted tuples are in range. A semantic bottom points where the sign of P points, zero counting as
+    above; `orientation_signal` (shape of P; < 0 below, > 0 above, 0 in range) replaces that sign and is also
+    followed at faults; `direction_logits` (shape (*P.shape, 2), [below, above]) decides at semantic bottoms
+    before both. Faults without a signal are class 1, "nothing known", with bottom_mask set.
 
     Masks or provenance codes of an earlier decoding (for instance with validity factors) are added to what is
     found here. Unlike zeroproofml 0.6.1 a quotient that overflows is a bottom, and a mask that is passed in

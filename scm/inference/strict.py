@@ -192,7 +192,7 @@ def strict_inference_numpy(
     validity_taus: float | Sequence[float] = 1e-6,
 ) -> InferenceResult:
     """`strict_inference` of NumPy arrays, by the same code as for tensors, so the two cannot disagree."""
-    tensors = [_tensor_of(item) for item in (numerator, denominator, *_as_sequence(validity_factors))]
+    tensors = [tensor_of(item) for item in (numerator, denominator, *_as_sequence(validity_factors))]
     config = InferenceConfig() if config is None else config
     result = _decode(tensors[0], tensors[1], config, tensors[2:], validity_taus)
     return InferenceResult(*(part.numpy() for part in result.fields()))
@@ -222,12 +222,12 @@ def _decode(
     factors: Sequence[Tensor],
     validity_taus: float | Sequence[float],
 ) -> InferenceResult:
-    P, Q = _matched(_inexact(numerator), _inexact(denominator))
+    P, Q = _matched(as_inexact(numerator), as_inexact(denominator))
     magnitude = Q.abs()
     fault = ~_reduce_all(torch.isfinite(P), Q.ndim) | ~torch.isfinite(Q)
     semantic = (Q == 0) | (magnitude < threshold_in(config.tau_infer, Q.dtype))
     for factor, tau in zip(factors, _taus_for(factors, validity_taus), strict=True):
-        V = _factor_like(_inexact(factor), Q)
+        V = _factor_like(as_inexact(factor), Q)
         fault = fault | ~torch.isfinite(V)
         semantic = semantic | (V == 0) | (V.abs() < threshold_in(tau, V.dtype))
 
@@ -257,13 +257,15 @@ def _as_sequence(factors: Any | None) -> Sequence[Any]:
     return tuple(factors) if isinstance(factors, (list, tuple)) else (factors,)
 
 
-def _tensor_of(array: np.ndarray) -> Tensor:
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A copy of `array` as a tensor."""
     # A copy: torch warns about read-only arrays and cannot take negative strides or foreign byte order.
     native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(native)
 
 
-def _inexact(x: Tensor) -> Tensor:
+def as_inexact(x: Tensor) -> Tensor:
+    """`x`, integers and bools as the default floating-point dtype."""
     return x if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
 
 

@@ -29,7 +29,7 @@ class AngularProjectiveHead(nn.Module):
     def forward(
         self, features: Tensor, *, return_theta: bool = False
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-        """Map features (..., input_dim) to P and Q (..., output_dim), and the angle in radians where asked."""
+        """Map features (..., input_dim) to P and Q (..., output_dim), and the angle in radians if asked."""
         theta = self.theta_scale * self.theta(features)
         if return_theta:
             return theta.cos(), theta.sin(), theta

@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class BasisFunction:
-    """Turns x of shape (...) into columns of shape (..., degree + 1), column k being the k-th basis function."""
+    """Turns x of shape (...) into columns of shape (..., degree + 1), one for each basis function."""
 
     def __call__(self, x: Tensor, degree: int) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(x, degree)")
 
     def largest_argument(self, degree: int, dtype: torch.dtype) -> float | None:
-        """Largest |x| whose columns are all finite in `dtype`, or None where that is not known in closed form."""
+        """Largest |x| whose columns are all finite in `dtype`; None where that has no closed form."""
         return None
 
 
@@ -39,10 +39,7 @@ class MonomialBasis(BasisFunction):
 
     def largest_argument(self, degree: int, dtype: torch.dtype) -> float | None:
         """The degree-th root of the largest finite number, kept a rounding error of each factor below it."""
-        info = torch.finfo(dtype)
-        if degree <= 1:
-            return float(info.max)
-        return float(info.max) ** (1.0 / degree) * (1.0 - 2.0 * degree * float(info.eps))
+        return _root_of_largest(degree, dtype)
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,9 @@ class ChebyshevBasis(BasisFunction):
         return torch.stack(columns, dim=-1)
 
     def largest_argument(self, degree: int, dtype: torch.dtype) -> float | None:
-        """The x at which |T_degree(x)| <= |2x|^degree reaches the largest finite number (at most twice too small)."""
-        info = torch.finfo(dtype)
-        if degree <= 1:
-            return float(info.max)
-        return 0.5 * float(info.max) ** (1.0 / degree) * (1.0 - 4.0 * degree * float(info.eps))
+        """The |x| up to which |2x|^degree >= |T_degree(x)| stays finite: at most twice too small."""
+        root = _root_of_largest(degree, dtype)
+        return root if degree <= 1 else 0.5 * root
 
 
 @dataclass(frozen=True)
@@ -79,3 +74,12 @@ class CustomBasis(BasisFunction):
                 f"a basis must return shape (..., degree + 1) = {expected}, got {tuple(columns.shape)}"
             )
         return columns
+
+
+def _root_of_largest(degree: int, dtype: torch.dtype) -> float:
+    """A little less than the `degree`-th root of the largest finite number, so that its power is finite."""
+    info = torch.finfo(dtype)
+    if degree <= 1:
+        return float(info.max)
+    # The factors round in `dtype`; the root itself is off by up to |log max|·ε of float64.
+    return float(info.max) ** (1.0 / degree) * (1.0 - 4.0 * degree * float(info.eps) - 1e-12)

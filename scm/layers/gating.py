@@ -15,8 +15,8 @@ from torch import Tensor
 
 from scm.autodiff.policies import (
     GradientPolicy,
+    _LOCAL,
     _is_transformed,
-    _live_gates,
     apply_policy_tensor,
     gate_gradients,
     get_policy,
@@ -35,7 +35,7 @@ def gate_output(output: Tensor, bottom: Tensor, layer: str, policy: GradientPoli
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
     gate = _LateOutputGate(bottom, layer)
-    _live_gates().add(gate)  # type: ignore[arg-type]
+    _LOCAL.gates.add(gate)  # type: ignore[arg-type]
     gated = output.view_as(output)
     gated.register_hook(gate)
     return gated

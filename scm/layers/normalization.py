@@ -58,7 +58,7 @@ class SCMNorm(nn.Module):
 
 
 class SCMSoftmax(nn.Module):
-    """Softmax over the last dimension; a row with a bottom becomes one-hot at the largest of its other logits.
+    """Softmax over the last dimension; a row with a bottom is one-hot at the largest of its other logits.
 
     Answers probabilities and a mask of the rows that held a bottom. NaN and +inf are bottoms, −inf is a
     class of probability 0. A row without any other logit has no class: it is all 0. The registered policy

@@ -21,9 +21,10 @@ Q_PARAMS = ("none", "softplus")
 
 
 class ProjectiveRationalMultiHead(nn.Module):
-    """P[b,o] = Σ_k num_weights[o,k]·ψ_k(z_num[b,o]) over one Q[b] = anchor + δ(Σ_k den_weights[k]·ψ_k(z_den[b])).
+    """A numerator polynomial per output, P[b,o] = Σ_k num_weights[o,k]·ψ_k(z_num[b,o]), over one shared Q[b].
 
-    `q_param="softplus"` makes δ = softplus(·) + q_min, else δ is the plain sum; `q_anchor="ones"` adds 1.
+    Q = δ, or 1 + δ with `q_anchor="ones"`, where δ is d = Σ_k den_weights[k]·ψ_k(z_den[b]), or
+    softplus(d) + q_min with `q_param="softplus"`.
     Weights start as N(0, 0.01²).
     """
 
@@ -78,7 +79,7 @@ class ProjectiveRationalMultiHead(nn.Module):
             raise ValueError(f"z_num must have shape (B, {self.output_dim}), got {tuple(z_num.shape)}")
         if tuple(z_den.shape) not in {(z_num.shape[0],), (z_num.shape[0], 1)}:
             raise ValueError(
-                f"z_den must have shape ({z_num.shape[0]},) or ({z_num.shape[0]}, 1), got {tuple(z_den.shape)}"
+                f"z_den must have shape (B,) or (B, 1) with B = {z_num.shape[0]}, got {tuple(z_den.shape)}"
             )
 
 
@@ -145,7 +146,7 @@ class RRProjectiveRationalModel(nn.Module):
 
 
 def relu_network(input_dim: int, hidden_dims: tuple[int, ...]) -> tuple[nn.Sequential, int]:
-    """Linear-ReLU pairs of the given widths, and the width of what comes out (input_dim where there are none)."""
+    """Linear-ReLU pairs of the given widths, and the width of the last (input_dim if there are none)."""
     layers: list[nn.Module] = []
     width = input_dim
     for hidden in hidden_dims:

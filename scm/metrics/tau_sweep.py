@@ -1,4 +1,4 @@
-"""What every threshold would do: false rejections, false acceptances and bottoms, as curves over tau_infer."""
+"""What each threshold would do: false rejections, false acceptances and bottoms, as curves over tau_infer."""
 
 from __future__ import annotations
 

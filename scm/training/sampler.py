@@ -51,13 +51,13 @@ class AdaptiveSamplerConfig:
 
 
 class AdaptiveSampler:
-    """Weighs each dataset row by how far its singularity probability is from its bottom label, and draws by it.
+    """Draws dataset rows by how far their singularity probability is from their bottom label.
 
-    `update` feeds |Q| of the whole dataset in index order, or of some rows with `indices`. The weight of a row
-    is max(s_min, 1 + alpha·|p̃ − 1(bottom)|), p̃ the moving average (from 0) of σ((tau_train − |q|)/beta).
-    State is float32 on `device`; draws come from a generator of the sampler's own, so no other stream of random
-    numbers moves. Drawing changes the objective from a mean over rows to a weighted one; multiply losses by
-    `importance_weights` of the drawn rows to have the mean back.
+    `update` feeds |Q| of the whole dataset in index order, or of some rows with `indices`. The weight of a
+    row is max(s_min, 1 + alpha·|p̃ − 1(bottom)|), p̃ the moving average (from 0) of σ((tau_train − |q|)/beta).
+    State is float32 on `device`; draws come from a generator of the sampler's own, so that no other stream of
+    random numbers moves. Drawing changes the objective from a mean over rows to a weighted one; multiply
+    losses by `importance_weights` of the drawn rows to have the mean back.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class AdaptiveSampler:
 
     @property
     def importance_weights(self) -> Tensor:
-        """Weights (N,) that undo the sampling: the mean over draws of weight·loss estimates the plain mean."""
+        """Weights (N,) that undo the sampling: the mean of weight·loss over draws estimates the mean."""
         weights = self.weights
         return weights.mean() / weights
 
@@ -121,7 +121,7 @@ class AdaptiveSampler:
             self._bottom[where] = bottom
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Draw `count` row indices with replacement, and their importance weights; both on the state's device."""
+        """Draw `count` row indices with replacement, and their importance weights, on the state's device."""
         weights = self.weights.cpu()
         indices = torch.multinomial(weights, count, replacement=True, generator=self.generator)
         device = self._probabilities.device

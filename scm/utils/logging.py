@@ -23,12 +23,34 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-METRIC_LOG_SCHEMA_NAME = "zeroproofml.metric_log"
-METRIC_LOG_SCHEMA_VERSION = 1
-METRIC_LOG_RESERVED_KEYS = frozenset(
-    {"schema_name", "schema_version", "record_type", "phase", "step", "epoch", "metrics", "context"}
+from scm.utils.metric_tables import (
+    METRIC_LOG_RESERVED_KEYS,
+    aggregate_metric_log_records,
+    is_number,
+    metric_log_records_to_long_rows,
+    metric_log_records_to_wide_rows,
 )
 
+__all__ = [
+    "METRIC_LOG_RESERVED_KEYS",
+    "METRIC_LOG_SCHEMA_NAME",
+    "METRIC_LOG_SCHEMA_VERSION",
+    "JsonlLogger",
+    "TensorBoardLogger",
+    "TruncatedLogWarning",
+    "aggregate_metric_log_records",
+    "aggregate_metric_logs",
+    "jsonl_to_dataframe",
+    "metric_log_record",
+    "metric_log_records_to_long_rows",
+    "metric_log_records_to_wide_rows",
+    "plain_values",
+    "read_jsonl",
+    "read_metric_log_runs",
+]
+
+METRIC_LOG_SCHEMA_NAME = "zeroproofml.metric_log"
+METRIC_LOG_SCHEMA_VERSION = 1
 MetricLogInput = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 _SEED_PART = re.compile(r"(?:^|_)(?:seed_|quick_s)(\d+)$")
@@ -77,7 +99,7 @@ def metric_log_record(
 
 
 def plain_values(value: Any) -> Any:
-    """`value` in what strict JSON can say: None for non-finite numbers, lists for tensors, dicts for dataclasses.
+    """`value` as strict JSON can say it: non-finite numbers are None, tensors lists, dataclasses dicts.
 
     TypeError for what has no such form (a complex number, a model).
     """
@@ -125,12 +147,12 @@ class JsonlLogger:
         fsync: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._file: BinaryIO | None = None
         self.path = Path(path)
         self.run_id = run_id
         self.timestamps = timestamps
         self.fsync = fsync
         self._clock = clock
-        self._file: BinaryIO | None = None
 
     def __call__(self, metrics: Mapping[str, Any]) -> None:
         """Write one record; TypeError for values that JSON has no form for, and then nothing is written."""
@@ -177,8 +199,8 @@ class JsonlLogger:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The records of one log, in order; blank lines are passed over.
 
-    A last line without its newline that is no JSON is left out with a TruncatedLogWarning. Any other line that
-    is not a JSON object (NaN and Infinity are not JSON) is a ValueError that names file and line.
+    A last line without its newline that is no JSON is left out with a TruncatedLogWarning. Any other line
+    that is not a JSON object (NaN and Infinity are not JSON) is a ValueError that names file and line.
     """
     source = Path(path)
     records: list[dict[str, Any]] = []
@@ -214,8 +236,8 @@ def read_metric_log_runs(
 
     `logs` is a path, a sequence of paths, or a mapping from label to path. Without a label the file's stem
     is used, with as many parent folders before it as make the labels differ. The context gains `label_key`,
-    `source_key` (unless None) and, where a part of the path is named seed_N or quick_sN, "seed"; what a record
-    says itself is kept.
+    `source_key` (unless None) and, where a part of the path is named seed_N or quick_sN, "seed"; what a
+    record says itself is kept.
     """
     records = []
     for label, path in _labelled(logs):
@@ -230,14 +252,27 @@ def read_metric_log_runs(
     return records
 
 
+def aggregate_metric_logs(
+    logs: MetricLogInput,
+    *,
+    group_by: Sequence[str] = ("phase",),
+    label_key: str = "run_id",
+    source_key: str | None = "source_path",
+    infer_seed: bool = True,
+) -> list[dict[str, Any]]:
+    """`aggregate_metric_log_records` of `read_metric_log_runs`."""
+    records = read_metric_log_runs(logs, label_key=label_key, source_key=source_key, infer_seed=infer_seed)
+    return aggregate_metric_log_records(records, group_by=group_by)
+
+
 def jsonl_to_dataframe(path: str | Path) -> Any:
-    """One log as a pandas DataFrame, a row per record; ImportError with what to install where pandas is absent."""
+    """One log as a pandas DataFrame, a row per record; ImportError names what to install."""
     pandas = _import_optional("pandas", "jsonl_to_dataframe", "pandas")
     return pandas.DataFrame(read_jsonl(path))
 
 
 class TensorBoardLogger:
-    """Writes the finite numbers of each record as TensorBoard scalars, named phase/metric where there is a phase.
+    """Writes the finite numbers of each record as TensorBoard scalars, named phase/metric.
 
     The step is the record's `step_key`, else its "step", else its "epoch", else a count of calls. Needs
     tensorboardX or torch.utils.tensorboard; ImportError says what to install.
@@ -286,19 +321,16 @@ class TensorBoardLogger:
         return self._calls
 
 
-def is_number(value: Any) -> bool:
-    """Whether a plain value counts as a metric: an int or float, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _cut_unfinished_line(path: Path) -> None:
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
         content = file.read()
         end = content.rfind(b"\n") + 1
-        if end == len(content):
-            return
         tail = content[end:]
         try:
             json.loads(tail)

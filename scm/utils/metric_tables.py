@@ -1,4 +1,4 @@
-"""Metric-log records as tables: wide and long rows, and summaries per group. No input or output."""
+"""Metric-log records as tables: wide and long rows, and summaries per group. Reads and writes nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scm.utils.logging import METRIC_LOG_RESERVED_KEYS, MetricLogInput, is_number, read_metric_log_runs
+METRIC_LOG_RESERVED_KEYS = frozenset(
+    {"schema_name", "schema_version", "record_type", "phase", "step", "epoch", "metrics", "context"}
+)
 
 
 def metric_log_records_to_wide_rows(
@@ -15,7 +17,7 @@ def metric_log_records_to_wide_rows(
     metric_prefix: str = "metric_",
     context_prefix: str = "context_",
 ) -> list[dict[str, Any]]:
-    """One row per record: its header fields, then context_<name> and metric_<name>; nested names join with "."."""
+    """One row per record: header, context_<name> and metric_<name>; nested names are joined by "."."""
     rows = []
     for record in records:
         row = _header(record, context_prefix)
@@ -40,8 +42,8 @@ def aggregate_metric_log_records(
 ) -> list[dict[str, Any]]:
     """Summaries per group and metric, in the order of first appearance.
 
-    Each holds the group's fields, metric, count, mean, std (of the sample; None for one value), min, max, first
-    and latest. Only numbers count: None (a value that was not finite), lists, texts and bools are left out.
+    Each holds the group's fields, metric, count, mean, std (of the sample; None for one value), min, max,
+    first and latest. Only numbers count; None (a value that was not finite), lists, texts and bools do not.
     A group field is looked up in the record, then in its context.
     """
     groups: dict[tuple[Any, ...], list[float]] = {}
@@ -56,17 +58,9 @@ def aggregate_metric_log_records(
     ]
 
 
-def aggregate_metric_logs(
-    logs: MetricLogInput,
-    *,
-    group_by: Sequence[str] = ("phase",),
-    label_key: str = "run_id",
-    source_key: str | None = "source_path",
-    infer_seed: bool = True,
-) -> list[dict[str, Any]]:
-    """`aggregate_metric_log_records` of `read_metric_log_runs`."""
-    records = read_metric_log_runs(logs, label_key=label_key, source_key=source_key, infer_seed=infer_seed)
-    return aggregate_metric_log_records(records, group_by=group_by)
+def is_number(value: Any) -> bool:
+    """Whether a plain value counts as a metric: an int or float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _metrics_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
