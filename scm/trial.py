@@ -20,7 +20,7 @@ from scm.seeding import generator, seeded_init
 from scm.training.config import TrainingConfig
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.loader import TensorBatches
-from scm.training.objective import ProjectiveObjective
+from scm.training.objective import FitLoss, ProjectiveObjective
 from scm.training.trainer import SCMTrainer
 from scm.trial_config import TrialConfig
 
@@ -92,8 +92,11 @@ def make_scheduler(
     return None
 
 
-def make_training_loss(config: TrialConfig) -> LossFn:
-    """Make the objective: loss(outputs, (Y_n, Y_d), *, tau, semantic_targets, loss_weights) -> 0-d tensor."""
+def make_training_loss(config: TrialConfig, fit: FitLoss | None = None) -> LossFn:
+    """Make the objective: loss(outputs, (Y_n, Y_d), *, tau, semantic_targets, loss_weights) -> 0-d tensor.
+
+    `fit` takes the place of the fit term that the config names.
+    """
     constraints = SCMTrainingLoss(
         LossConfig(
             gamma=config.gamma,
@@ -111,7 +114,7 @@ def make_training_loss(config: TrialConfig) -> LossFn:
             tau_finite=config.tau_finite,
         )
     )
-    return ProjectiveObjective(constraints, fit=config.fit, gamma=config.gamma)
+    return ProjectiveObjective(constraints, fit=config.fit if fit is None else fit, gamma=config.gamma)
 
 
 def make_curriculum(config: TrialConfig) -> LossWeightsCurriculum | None:
@@ -207,12 +210,14 @@ class Decoded(NamedTuple):
     """What a model answers on a split, on the CPU.
 
     decoded: P/Q, NaN at bottoms, (N,) or (N, O). bottom, fault, q_abs: in the shape of the denominators.
+    numerator: P itself, whose sign is the direction of a bottom; `decode_split` always gives it.
     """
 
     decoded: Tensor
     bottom: Tensor
     fault: Tensor
     q_abs: Tensor
+    numerator: Tensor | None = None
 
 
 def decode_split(model: nn.Module, split: Split, *, tau_infer: float, batch_size: int = 4096) -> Decoded:
@@ -226,7 +231,7 @@ def decode_split(model: nn.Module, split: Split, *, tau_infer: float, batch_size
     weight = next(model.parameters())
     strict = InferenceConfig(tau_infer=tau_infer)
     inputs = split.inputs.to(weight.dtype) if split.inputs.is_floating_point() else split.inputs
-    parts: list[Decoded] = []
+    parts: list[tuple[Tensor, ...]] = []
     was_training = model.training
     model.eval()
     try:
@@ -234,8 +239,8 @@ def decode_split(model: nn.Module, split: Split, *, tau_infer: float, batch_size
             for rows in inputs.split(batch_size):
                 P, Q = model(rows.to(weight.device))[:2]
                 result = strict_inference(P, Q, strict)
-                part = (result.decoded, result.bottom_mask, result.fault_mask, Q.abs())
-                parts.append(Decoded(*(item.cpu() for item in part)))
+                part = (result.decoded, result.bottom_mask, result.fault_mask, Q.abs(), P)
+                parts.append(tuple(item.cpu() for item in part))
     finally:
         model.train(was_training)
     # Joined outside of inference mode: tensors made inside of it may not be used by autograd later.

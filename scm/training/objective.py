@@ -18,17 +18,23 @@ from scm.training.targets import SemanticTargets
 
 FITS = ("projective", "implicit", "implicit_detached")
 
+FitLoss = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""A fit term of one's own: (P, Q, Y_n, Y_d, mask of the trained rows or None for all) -> 0-d tensor."""
+
 
 class ProjectiveObjective:
     """The trainer's loss function for heads that answer (P, Q).
 
     fit: "projective" (bounded, unchanged by scaling the tuple), "implicit", or "implicit_detached" (no
-    gradient through its scale). Rows labelled missing or fault take part in no term; the margin sees finite
-    rows, the orientation term those with a direction, push_down those whose right answer is bottom.
+    gradient through its scale), or a function of one's own (`FitLoss`). Rows labelled missing or fault take
+    part in no term; the margin sees finite rows, the orientation term those with a direction, push_down those
+    whose right answer is bottom.
     """
 
-    def __init__(self, constraints: SCMTrainingLoss, *, fit: str = "projective", gamma: float = 1e-9) -> None:
-        if fit not in FITS:
+    def __init__(
+        self, constraints: SCMTrainingLoss, *, fit: str | FitLoss = "projective", gamma: float = 1e-9
+    ) -> None:
+        if not callable(fit) and fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit=}")
         self.constraints = constraints
         self.fit = fit
@@ -67,6 +73,8 @@ class ProjectiveObjective:
         return total
 
     def _fit(self, P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, trained: Tensor | None) -> Tensor:
+        if callable(self.fit):
+            return self.fit(P, Q, Y_n, Y_d, trained)
         if self.fit == "projective":
             return projective_fit_loss(P, Q, Y_n, Y_d, mask=trained)
         detached = self.fit == "implicit_detached"
