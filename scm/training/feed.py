@@ -7,6 +7,7 @@ What a label means is decided in `scm.training.targets`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ class Feeder:
         """Return the batch on the device, lifted; None when it has no row that may be trained."""
         inputs, targets, semantic = self._parts(batch)
         if semantic is None:
-            lifted = lift_targets(targets)
+            lifted = _lifted(targets)
             if self._unreachable and bool((lifted[1] == 0).any()):
                 raise ValueError(_UNREACHABLE_MESSAGE)
             told = lift_sentinel_targets(targets) if self._loss.names_semantic_targets else None
@@ -149,6 +150,15 @@ _UNREACHABLE_MESSAGE = (
     "the targets hold bottoms, but the model's head cannot reach |Q| < tau_infer by construction; "
     "change the head, or set allow_bottom_unreachable=True if those labels are outside of the task"
 )
+
+
+def _lifted(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`lift_targets`, in two operations where a look at the values is free and shows that all are finite."""
+    # On the CPU a sum can be read without waiting; it is finite only if every term is. Lifting element by
+    # element takes a tenth of a small model's step.
+    if targets.device.type == "cpu" and targets.is_floating_point() and math.isfinite(targets.sum().item()):
+        return targets, torch.ones_like(targets)
+    return lift_targets(targets)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

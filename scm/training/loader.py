@@ -19,6 +19,14 @@ from scm.training.targets import SemanticTargets
 _BLOCK_BYTES = 64 * 2**20  # rows are gathered this many bytes at a time: few calls, and little extra memory
 
 
+_FIELDS = tuple(item.name for item in fields(SemanticTargets))
+_DERIVED = (
+    "mask_trained",
+    "mask_oriented",
+    "mask_semantic",
+)  # computed once for all rows, then gathered along
+
+
 class TensorBatches:
     """Iterate over (inputs, SemanticTargets) in batches, again and again, from tensors kept on one device.
 
@@ -54,7 +62,7 @@ class TensorBatches:
         self.batch_size = batch_size
         self.generator = generator
         self.drop_last = drop_last
-        self._columns = [self.inputs, *(getattr(self.targets, item.name) for item in fields(self.targets))]
+        self._columns = [self.inputs, *(getattr(self.targets, name) for name in (*_FIELDS, *_DERIVED))]
         self._position = 0  # batches handed out in the epoch under way
         self._resume = False
         self._order_state = generator.get_state() if generator is not None else None
@@ -79,7 +87,7 @@ class TensorBatches:
             last = min(first + self._batches_per_block, count)
             for batch in self._block(order, first, last):
                 self._position += 1
-                yield batch[0], SemanticTargets(*batch[1:])
+                yield batch[0], _targets_of(batch[1:])
         self._position = 0
         self._order_state = self.generator.get_state() if self.generator is not None else None
 
@@ -132,3 +140,10 @@ class TensorBatches:
             rows = order[begin:end]
             gathered = [column.index_select(0, rows) for column in self._columns]
         return zip(*(column.split(self.batch_size) for column in gathered), strict=True)
+
+
+def _targets_of(columns: tuple[Tensor, ...]) -> SemanticTargets:
+    targets = SemanticTargets(*columns[: len(_FIELDS)])
+    # Where a cached property keeps its value; the class itself would compute it again for each batch.
+    targets.__dict__.update(zip(_DERIVED, columns[len(_FIELDS) :], strict=True))
+    return targets
