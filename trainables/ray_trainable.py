@@ -78,12 +78,9 @@ class SCMTrainable(tune.Trainable):
     """One trial after another in the same actor; each leaves nothing behind but loaded data.
 
     The config is {"job": {"config": flat, "seed": int, "task": {"name", "params", "base_dir"}, "device":
-    "cpu" or "cuda", "trial_id": str, "outcome_epochs": epochs, optional}}.
-
-    Each step is an epoch. It returns the epoch's numbers at the top level and under "history" (empty when
-    the trial ended without finishing the epoch), and "done". The trial's "outcome" and "provenance" come with
-    the last epoch and with each of `outcome_epochs`, where the outcome is that of a trial stopped there: a
-    scheduler that stops it then has its row. They are None otherwise.
+    "cpu" or "cuda", "trial_id": str}}. Each step is an epoch. It returns the epoch's numbers at the top level
+    and under "history" (empty when the trial ended without finishing the epoch), and "done". With the last
+    one the trial's "outcome" and "provenance" are there, and None before.
 
     A task or a training that raises ends its trial with the outcome "failed"; the actor goes on. A GPU that
     is asked for and absent raises `DeviceError`: no trial of such a job can run here.
@@ -102,13 +99,10 @@ class SCMTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train one epoch; with the last one, the outcome is there and `done` is true."""
         said: dict[str, Any] = {}
-        if self._run is not None and not self._run.done:
-            said = self._run.step()
-        done = self._run is None or self._run.done
         outcome = self._failed
-        if self._run is not None and (done or said.get("epoch") in self._outcome_epochs):
-            outcome = self._run.outcome()
-            done = self._run.done  # measuring an outcome may itself fail
+        if self._run is not None:
+            said = {} if self._run.done else self._run.step()
+            outcome = self._run.outcome() if self._run.done else None
         numbers = {key: said.get(key, float("nan")) for key in HISTORY_KEYS}
         if outcome is not None:
             numbers["epoch"] = outcome["epochs"]
@@ -117,7 +111,7 @@ class SCMTrainable(tune.Trainable):
             "history": said,
             "outcome": outcome,
             "provenance": None if outcome is None else dict(self._provenance),
-            "done": done,
+            "done": outcome is not None,
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -140,7 +134,6 @@ class SCMTrainable(tune.Trainable):
         self._run: TrialRun | None = None
         self._failed: dict[str, Any] | None = None
         self._provenance = _provenance(device)
-        self._outcome_epochs = frozenset(job.get("outcome_epochs", ()))
         try:
             loaded = load_task(job["task"], job["seed"])
         except Exception as error:  # a task that raises is a row of every trial that asks for it

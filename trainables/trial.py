@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ import torch
 
 from scm.data import Split
 from scm.seeding import seeded_init
-from scm.trial import Decoded, decode_split, make_trainer
+from scm.trial import decode_split, make_trainer
 from scm.trial_config import TrialConfig
 from trainables.configs import resolve_config
 from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits
@@ -250,7 +249,7 @@ class TrialRun:
         """Decode a split at tau_infer; return its metrics by column name, and its coverage."""
         assert self._trainer is not None
         split = self._splits[name]
-        decoded = _on_cpu(decode_split(self._trainer.model, split, tau_infer=self._settings.tau_infer))
+        decoded = decode_split(self._trainer.model, split, tau_infer=self._settings.tau_infer)
         metrics = self.task.metrics(decoded, split, self._settings)
         check_metrics(metrics, self.task.name)
         columns = {
@@ -326,9 +325,3 @@ def _empty_outcome(config: Mapping[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(measured, _NAN),
         **{f"test_{name}": _NAN for name in measured},
     }
-
-
-def _on_cpu(decoded: Decoded) -> Decoded:
-    """Bring decoded answers to where the splits are, so that a task's metrics need not care."""
-    tensors = {item.name: getattr(decoded, item.name) for item in fields(decoded)}
-    return Decoded(**{name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()})

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
 
-    LossFn = Callable[..., "tuple[Tensor, Mapping[str, Any]]"]
+# loss(outputs, (Y_n, Y_d), *, tau, semantic_targets, loss_weights, epoch, ...) -> 0-d tensor; of the keywords
+# a loss is given those that its signature names.
+LossFn = Callable[..., "Tensor"]
 
 SPLIT_NAMES: tuple[str, ...] = ("train", "val", "test")
 REQUIRED_METRICS: tuple[str, ...] = ("accepted_error", "charged_error")
@@ -59,7 +61,7 @@ class Task(Protocol):
         ...
 
     def make_loss(self, config: TrialConfig) -> LossFn | None:
-        """Give a loss with the signature of `scm.trial.make_training_loss(config)`, or None for that one."""
+        """Give a loss (see `LossFn`), or None to take the one that the config describes."""
         ...
 
     def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:

@@ -1,0 +1,51 @@
+"""The worked example of a user's own task holds what it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scm.training.targets import STATUS_CODES
+from trainables.tasks.protocol import TaskError
+from trainables.tasks.registry import make_task
+from trainables.trial import run_trial
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_example_trains_from_the_folder_of_its_plan() -> None:
+    """`own_task:LensTask` is found beside the plan, trains, and brings a column of its own."""
+    task = make_task("own_task:LensTask", {"rows": 200}, EXAMPLES)
+    config = {"max_epochs": 60, "learning_rate": 1e-2, "tau_infer": 0.05, "tau_train_min": 0.05}
+    outcome = run_trial(task, config | {"tau_train_max": 0.05, "lambda_push_down": 1.0}, 0)
+    assert outcome["status"] == "completed"
+    assert 0 <= outcome["metric.right_side"] <= 1
+    assert outcome["test_charged_error"] < 3.0
+
+
+def test_example_draws_new_data_for_each_seed_and_the_same_for_the_same() -> None:
+    """Its splits are drawn from the trial's seed."""
+    task = make_task("own_task:LensTask", {}, EXAMPLES)
+    one, again, other = (task.splits(seed)["train"].digest() for seed in (0, 0, 1))
+    assert one == again
+    assert one != other
+
+
+def test_example_labels_the_focus_bottom() -> None:
+    """Rows without an image have no value, and all others satisfy the lens equation."""
+    split = make_task("own_task:LensTask", {}, EXAMPLES).splits(0)["train"]
+    distance, focal = split.inputs.unbind(-1)
+    none = split.extras["status"] == STATUS_CODES["bottom"]
+    assert 0 < int(none.sum()) < len(split) // 4
+    residual = 1 / (split.extras["value"] * focal) + 1 / distance - 1 / focal
+    assert torch.allclose(residual[~none], torch.zeros(int((~none).sum())), atol=1e-5)
+
+
+def test_example_refuses_what_it_does_not_know() -> None:
+    """A misspelt or absurd parameter is one line."""
+    with pytest.raises(TaskError, match="unknown parameter 'row' of the task 'lens'; did you mean 'rows'"):
+        make_task("own_task:LensTask", {"row": 3}, EXAMPLES)
+    with pytest.raises(TaskError, match="rows must be a whole number >= 30, got 3"):
+        make_task("own_task:LensTask", {"rows": 3}, EXAMPLES)
