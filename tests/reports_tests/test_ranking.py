@@ -204,6 +204,20 @@ def test_an_allowed_failure_still_costs_every_objective():
     assert (found["b"]["front"], found["a"]["front"]) == (1, 2)
 
 
+def test_an_allowed_gap_costs_as_much_as_a_failure():
+    """A seed that never ran, within the failed budget, is not better than one that failed."""
+    rows = [
+        row("a", 0, accepted_error=0.0),
+        row("b", 0),
+        row("b", 1),
+        row("c", 0),
+        row("c", 1, status="failed"),
+    ]
+    found = ranked(rows, failed_budget=1)
+    assert list(found) == ["b", "a", "c"]
+    assert [entry["front"] for entry in found.values()] == [1, 2, 2]
+
+
 def test_ruled_out_configs_with_less_wrong_come_first():
     """Below the feasible ones, one bad trial is still better than two."""
     rows = [row("a", seed, status="failed") for seed in SEEDS]
