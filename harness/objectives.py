@@ -88,22 +88,23 @@ def squash(value: float) -> float:
 def lexicographic(values: Sequence[float]) -> float:
     """Coverage shortfall in steps of 0.05 first, then the error, which never outweighs a step.
 
-    `values` is (shortfall, error, ...); several errors count with the mean of their squashed values.
+    `values` is (shortfall, error, ...); several errors count with the mean of their squashed values. Raises
+    ValueError for a shortfall outside [0, 1].
     """
-    shortfall, *errors = values
+    shortfall, errors = _split(values)
     steps = math.floor(shortfall / SHORTFALL_STEP + 1e-9)
-    return steps + (sum(map(squash, errors)) / len(errors) if errors else squash(shortfall))
+    return steps + (math.fsum(map(squash, errors)) / len(errors) if errors else shortfall)
 
 
 def weighted(values: Sequence[float]) -> float:
     """The error on the scale of `symlog` plus 10 times the shortfall; `values` is (shortfall, error, ...)."""
-    shortfall, *errors = values
-    return SHORTFALL_WEIGHT * shortfall + sum(map(symlog, errors))
+    shortfall, errors = _split(values)
+    return SHORTFALL_WEIGHT * shortfall + _mean(map(symlog, errors or [0.0]))
 
 
 def total(values: Sequence[float]) -> float:
-    """The sum of the values on the scale of `symlog`: for objectives that hold no coverage shortfall."""
-    return sum(map(symlog, values))
+    """The mean of the values on the scale of `symlog`: for objectives that hold no coverage shortfall."""
+    return _mean(map(symlog, values))
 
 
 SCALARISATIONS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -125,6 +126,13 @@ def told_values(objective: Objective) -> tuple[float, ...]:
 def told_scalar(objective: Objective, scalarise: Callable[[Sequence[float]], float] = lexicographic) -> float:
     """The same as `told_values` for a searcher of a single objective."""
     return _told(scalarise(objective.values) if objective.finite else 0.0, objective)
+
+
+def _split(values: Sequence[float]) -> tuple[float, list[float]]:
+    shortfall, *errors = values
+    if not 0.0 <= shortfall <= 1.0:
+        raise ValueError(f"the first value must be a coverage shortfall in [0, 1], got {values=}")
+    return shortfall, errors
 
 
 def _told(value: float, objective: Objective) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import optuna
 
 from harness.objectives import SCALARISATIONS, Objective, told_scalar, told_values
-from harness.search import DEFAULT_BATCH, DRAWS_BEFORE_EXHAUSTED, Searcher, sobol_points
+from harness.search import DEFAULT_BATCH, DRAWS_BEFORE_EXHAUSTED, Searcher, check_settings, sobol_points
 from search_spaces.domains import Choice
 from search_spaces.errors import nearest_hint
 from search_spaces.identity import config_id
@@ -193,6 +193,7 @@ class TPESearcher(OptunaSearcher):
         scalarisation: str = "lexicographic",
         startup: int = STARTUP_CONFIGS,
     ) -> None:
+        check_settings(count=count, seed=seed, batch=batch)
         if scalarisation not in SCALARISATIONS:
             hint = nearest_hint(scalarisation, SCALARISATIONS)
             raise ValueError(f"unknown scalarisation {scalarisation!r} {hint}")
@@ -217,6 +218,7 @@ class NSGA2Searcher(OptunaSearcher):
     def __init__(
         self, space: Space, count: int, *, seed: int = 0, batch: int = DEFAULT_BATCH, objectives: int = 2
     ) -> None:
+        check_settings(count=count, seed=seed, batch=batch)
         if objectives < 2:
             raise ValueError(f"objectives must be >= 2 for nsga2, got {objectives=}")
         population = max(2, batch)

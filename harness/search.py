@@ -35,11 +35,7 @@ class Searcher(ABC):
     learns: ClassVar[bool] = False
 
     def __init__(self, space: Space, count: int, *, seed: int = 0, batch: int = DEFAULT_BATCH) -> None:
-        for name, value, least in (("count", count, 1), ("batch", batch, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {name}={value!r}")
-        if seed >= 2**32:
-            raise ValueError(f"seed must be < 2**32, got {seed=}")
+        check_settings(count=count, seed=seed, batch=batch)
         self.space = space
         self.count = count
         self.seed = seed
@@ -208,6 +204,15 @@ def replay(searcher: Searcher, known: Mapping[str, Objective]) -> list[Config]:
         if searcher.open:
             break
     return batch
+
+
+def check_settings(*, count: int, seed: int, batch: int) -> None:
+    """Raise ValueError unless count and batch are at least 1 and the seed is in [0, 2**32)."""
+    for name, value, least in (("count", count, 1), ("batch", batch, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {name}={value!r}")
+    if seed >= 2**32:
+        raise ValueError(f"seed must be < 2**32, got {seed=}")
 
 
 def sobol_points(dimensions: int, seed: int) -> Iterator[list[float]]:

@@ -90,7 +90,7 @@ def test_another_process_gives_the_same_ids(hash_seed):
     """Neither the process nor its hash seed changes an id or what a point of the cube is."""
     program = (
         "from search_spaces.identity import config_id; from search_spaces.named import SPACES\n"
-        "for name, space in SPACES.items(): print(name, config_id(space.sample([0.37] * len(space.dimensions))))"
+        "for n, space in SPACES.items(): print(n, config_id(space.sample([0.37] * len(space.dimensions))))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -72,7 +72,7 @@ def test_a_knob_is_drawn_only_where_it_acts(name, knob):
 
 
 def test_thresholds_keep_their_order_at_every_corner():
-    """tau_infer <= tau_train_min <= tau_train_max and tau_bottom <= tau_finite, at the ends of the ranges too."""
+    """tau_infer <= tau_train_min <= tau_train_max and tau_bottom <= tau_finite, at the corners too."""
     space = SPACES["default"]
     for u in (0.0, 0.5, 1.0):
         for v in (0.0, 1.0):
@@ -99,7 +99,7 @@ def test_a_plan_may_name_one_space_or_several():
 def test_a_plan_may_write_domains():
     """A mapping of knobs is a space of its own."""
     space = parse_space(
-        {"learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}, "fit": ["implicit"]}
+        {"learning_rate": {"type": "log-float", "low": 1e-4, "high": 1e-2}, "fit": ["implicit"]}
     )
     assert space.domains == {"learning_rate": Float(1e-4, 1e-2, log=True), "fit": Choice(("implicit",))}
 
