@@ -33,6 +33,7 @@ TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # rows are Parquet, written by the driver
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # a run goes on from its rows, never from Tune's own snapshots
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial is a row with its message
+    "RAY_AIR_NEW_OUTPUT": "0",  # its tables and banners go to stdout, which is for the ranking
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -63,7 +63,7 @@ class SearchSection(Section):
 class HalvingSection(Section):
     """Early stopping: after each rung's epochs, one in `eta` configs of a batch goes on."""
 
-    metric: str = "val_loss"
+    metric: str = "charged_error"  # losses of different weights do not compare
     mode: Literal["min", "max"] = "min"
     rungs: Annotated[list[Count], Field(min_length=1)]
     eta: Annotated[int, Field(ge=2)] = 3

@@ -28,7 +28,7 @@ class Tally:
 
     total: int
     seeds: Sequence[int]
-    metric: str
+    metric: str = "charged_error"  # the one that a model cannot make small by abstaining
     clock: Callable[[], float] = time.monotonic
     running: int = 0
     counts: Counter[str] = field(default_factory=Counter)

@@ -59,7 +59,7 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
         check_same_data(written, data_digests, out)
         sink = RunSink(out, plan, run_id=read_run_id(out), provenance=provenance, data_digests=data_digests)
         stack.callback(sink.close)
-        tally = Tally(plan.search.configs * len(plan.seeds), plan.seeds, plan.search.objectives[-1])
+        tally = Tally(plan.search.configs * len(plan.seeds), plan.seeds)
         board = make_board(plan, proposer, sink, tally, written)
         display = stack.enter_context(Display(tally, sys.stderr, title=out.name))
 
