@@ -38,8 +38,8 @@ def response(w: npt.ArrayLike, w0: npt.ArrayLike, quality: npt.ArrayLike) -> Com
 
 def draw_filters(count: int, quality_max: float, rng: np.random.Generator) -> Filters:
     """Draw filters with w0 log-uniform in [0.5, 5] and Q log-uniform in [2, quality_max]."""
-    w0 = np.exp(rng.uniform(*np.log(W0_RANGE), size=count))
-    return Filters(w0, np.exp(rng.uniform(np.log(QUALITY_LOW), np.log(quality_max), size=count)))
+    w0 = _log_uniform(W0_RANGE[0], W0_RANGE[1], (count,), rng)
+    return Filters(w0, _log_uniform(QUALITY_LOW, quality_max, (count,), rng))
 
 
 def draw_points(
@@ -51,7 +51,7 @@ def draw_points(
     (clipped to the same range).
     """
     shape = (filters.w0.size, per_filter)
-    w = np.exp(rng.uniform(*np.log(W_RANGE), size=shape))
+    w = _log_uniform(W_RANGE[0], W_RANGE[1], shape, rng)
     w0, quality = filters.w0[:, None], filters.quality[:, None]
     if focus:
         near = np.clip(rng.normal(w0, w0 / quality, size=shape), *W_RANGE)
@@ -106,3 +106,7 @@ def peak_scores(
         "peak_ratio_p50": float(p50),
         "peak_ratio_p95": float(p95),
     }
+
+
+def _log_uniform(low: float, high: float, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
+    return np.exp(rng.uniform(np.log(low), np.log(high), size=shape))

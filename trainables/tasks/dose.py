@@ -1,0 +1,168 @@
+"""The task `dose`: log10 IC50 from a noisy dose-response curve, or on which side of the doses it lies.
+
+Curves whose IC50 lies outside the doses are bottoms with an orientation: (P, Q) turns through Q = 0, and the
+sign of P there says below or above. What curves are and how calls are scored is in `dose_data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scm.data import Split
+from scm.models import make_model
+from scm.training.targets import STATUS_CODES, lift_semantic_targets
+from trainables.metrics import standard_metrics
+from trainables.tasks.dose_data import (
+    ABOVE,
+    BELOW,
+    IN_RANGE,
+    LOG_HIGH,
+    LOG_LOW,
+    DoseRows,
+    draw_dose_rows,
+    three_way_scores,
+)
+from trainables.tasks.generated import DrawnData, check_real, parse_drawn_data
+from trainables.tasks.protocol import TaskError
+
+if TYPE_CHECKING:
+    from scm.trial import Decoded
+    from scm.trial_config import TrialConfig
+    from trainables.tasks.protocol import LossFn
+
+SIZES: dict[str, tuple[int, int, int]] = {"quick": (5_000, 1_000, 2_000), "paper": (200_000, 20_000, 30_000)}
+_CENTRE = (LOG_LOW + LOG_HIGH) / 2
+_STATUS_OF_CLASS = {BELOW: "censored_below", IN_RANGE: "finite", ABOVE: "censored_above"}
+
+# Chosen on validation data. In-range targets span -1.8 to 1.8 units, so a unit-length tuple has |Q| > 0.48
+# there and 0 at a bottom; the threshold lies half-way, in the gap that separates the regimes.
+SUGGESTED: dict[str, float | int | str] = {
+    "learning_rate": 5e-3,
+    "lr_schedule": "cosine",
+    "batch_size": 64,
+    "max_epochs": 30,
+    "tau_train_min": 0.25,
+    "tau_train_max": 0.25,
+    "tau_infer": 0.25,
+    "tau_bottom": 0.05,
+    "tau_finite": 0.45,
+    "lambda_sign": 0.1,
+    "lambda_push_down": 1.0,
+    "lambda_push_up": 1.0,
+    "target_coverage": 0.3,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoseParams:
+    """What the task reads besides sizes and seeds: how many decades of IC50 make one unit of P/Q."""
+
+    data: DrawnData
+    decades_per_unit: float = 1.0
+
+
+def make_dose_task(params: Mapping[str, Any]) -> DoseTask:
+    """Make the task; `TaskError` says in one line which parameter is wrong."""
+    data = parse_drawn_data("dose", params, SIZES, own=("decades_per_unit",))
+    decades = params.get("decades_per_unit", 1.0)
+    check_real("decades_per_unit", decades, above=0.0)
+    return DoseTask(DoseParams(data=data, decades_per_unit=float(decades)))
+
+
+class DoseTask:
+    """Ten responses in, (P, Q) out; P/Q is (log10 IC50 + 7) / `decades_per_unit`, errors are in decades.
+
+    Inputs are the responses alone (the doses are the same for all curves), each standardised with the
+    training split's mean and deviation. The test split holds the three regimes in equal numbers.
+    `Split.extras`: `value` (log10 IC50, the bound of a censored curve; float64), `status` (code), `label`
+    (class 0, 1, 2).
+    """
+
+    name = "dose"
+    error_unit = "log10 IC50"
+    suggested: Mapping[str, Any] = SUGGESTED
+
+    def __init__(self, params: DoseParams) -> None:
+        self.params = params
+        self._splits: dict[int, dict[str, Split]] = {}
+
+    def splits(self, seed: int) -> Mapping[str, Split]:
+        """Draw the splits, from the data seed or, with `redraw_data`, from the trial's seed."""
+        key = self.params.data.seed_of(seed)
+        if key not in self._splits:
+            # The last one only: a sweep over many seeds must not fill the memory.
+            self._splits = {key: self._draw(seed)}
+        return self._splits[key]
+
+    def build_model(self, config: TrialConfig) -> nn.Module:
+        """Build the config's head on the ten responses."""
+        return make_model(config, 10, 1)
+
+    def make_loss(self, config: TrialConfig) -> LossFn | None:
+        """Take the config's own loss."""
+        return None
+
+    def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
+        """Score calls and values: the standard metrics in decades, and those of `three_way_scores`.
+
+        An in-range curve called out of range is charged the error of answering the middle of the doses.
+        `finite_mae` is over curves in range and called so; `direction_macro_f1` over curves out of range, by
+        the sign of P alone. A fault is a call of no class.
+        """
+        value, status = split.extras["value"], split.extras["status"]
+        predicted = decoded.decoded.to(value.dtype) * self.params.decades_per_unit + _CENTRE
+        accepted = ~decoded.bottom
+        scores = standard_metrics(predicted, accepted, value, status, baseline=_CENTRE)
+
+        truth = split.extras["label"].numpy()
+        called = self.calls(decoded).numpy()
+        scores |= three_way_scores(truth, called)
+        both = (split.extras["label"] == IN_RANGE) & accepted
+        error = (predicted - value)[both].abs()
+        scores["finite_mae"] = float(error.mean()) if error.numel() else float("nan")
+        outside = truth != IN_RANGE
+        side = _side(decoded).numpy()
+        direction = three_way_scores(truth[outside], side[outside])
+        scores["direction_macro_f1"] = (direction["f1_c0"] + direction["f1_c2"]) / 2
+        return scores
+
+    def calls(self, decoded: Decoded) -> Tensor:
+        """Call each curve 0 below, 1 inside or 2 above: by |Q| < tau_infer and the sign of P; -1 for faults."""
+        called = torch.where(decoded.bottom, _side(decoded), IN_RANGE)
+        return torch.where(decoded.fault, -1, called)
+
+    def _draw(self, seed: int) -> dict[str, Split]:
+        data = self.params.data
+        rows = {
+            part: draw_dose_rows(count, data.stream("dose", part, seed), balanced=part == "test")
+            for part, count in zip(("train", "val", "test"), data.sizes, strict=True)
+        }
+        responses = rows["train"].x[:, 1::2].astype(np.float64)
+        centre, scale = responses.mean(axis=0), responses.std(axis=0)
+        # A training split of one curve has no spread.
+        scale[scale == 0.0] = 1.0
+        return {part: self._make_split(drawn, centre, scale) for part, drawn in rows.items()}
+
+    def _make_split(self, rows: DoseRows, centre: np.ndarray, scale: np.ndarray) -> Split:
+        inputs = torch.from_numpy((rows.x[:, 1::2] - centre) / scale).to(torch.float32)
+        label = torch.from_numpy(rows.y[:, 1]).to(torch.int64)
+        codes = torch.tensor([STATUS_CODES[_STATUS_OF_CLASS[kind]] for kind in (BELOW, IN_RANGE, ABOVE)])
+        value = torch.from_numpy(rows.y[:, 2]).to(torch.float64)
+        units = ((value - _CENTRE) / self.params.decades_per_unit).to(torch.float32)
+        return Split(
+            inputs=inputs,
+            targets=lift_semantic_targets(units, codes[label]),
+            extras={"value": value, "status": codes[label], "label": label},
+        )
+
+
+def _side(decoded: Decoded) -> Tensor:
+    if decoded.numerator is None:
+        raise TaskError("the task 'dose' needs the numerators of decoded answers, got none")
+    return torch.where(decoded.numerator < 0, BELOW, ABOVE)

@@ -1,0 +1,251 @@
+"""The task `rr_ik`: the joint step of a planar two-link arm, close to and far from its singular poses.
+
+The damped step is finite everywhere, so no label is a bottom: a model that rejects hard poses is charged for
+them. How poses are drawn and split is in `rr_ik_data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scm.data import Split
+from scm.models import make_model
+from scm.training.targets import STATUS_CODES, lift_semantic_targets
+from trainables.metrics import standard_metrics
+from trainables.tasks.generated import DrawnData, check_choice, check_real, parse_drawn_data
+from trainables.tasks.rr_ik_data import (
+    BUCKET_NAMES,
+    DAMPING,
+    STEP,
+    bucket_of,
+    damped_step,
+    determinant,
+    draw_poses,
+    jacobian,
+    stratified_split,
+)
+from trainables.tasks.shared_denominator import answered_rows, row_fit_training_loss, unit_rows
+
+if TYPE_CHECKING:
+    from scm.trial import Decoded
+    from scm.trial_config import TrialConfig
+    from trainables.tasks.protocol import LossFn
+
+SIZES: dict[str, tuple[int, int, int]] = {"quick": (6_000, 1_500, 3_000), "paper": (150_000, 10_000, 40_000)}
+STRUCTURES: tuple[str, ...] = ("step_linear", "free")
+
+# Chosen on validation data.
+SUGGESTED: dict[str, float | int | str] = {
+    "learning_rate": 3e-3,
+    "lr_schedule": "cosine",
+    "batch_size": 64,
+    "max_epochs": 20,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmParams:
+    """What the task reads besides sizes and seeds.
+
+    `structure` is "step_linear" (numerators linear in the wanted step, one positive denominator) or "free"
+    (the config's own head, to which q_anchor and the like belong). `error_weight_cap` bounds the weight by
+    which large joint steps count in the fit of "step_linear"; 1 is the plain projective fit.
+    """
+
+    data: DrawnData
+    structure: str = "step_linear"
+    error_weight_cap: float = 4.0
+
+
+def make_rr_ik_task(params: Mapping[str, Any]) -> ArmTask:
+    """Make the task; `TaskError` says in one line which parameter is wrong."""
+    data = parse_drawn_data("rr_ik", params, SIZES, own=("structure", "error_weight_cap"))
+    structure, cap = params.get("structure", "step_linear"), params.get("error_weight_cap", 4.0)
+    check_choice("structure", structure, STRUCTURES)
+    check_real("error_weight_cap", cap, above=0.0)
+    return ArmTask(ArmParams(data=data, structure=structure, error_weight_cap=float(cap)))
+
+
+class ArmTask:
+    """(theta1, theta2, dx, dy) in, joint steps (radians) out as (P, Q), both (B, 2).
+
+    One set of poses is drawn and dealt into splits that hold the same share of each bucket of |det J|, in
+    random order. `Split.extras`: `value` (joint step, float64), `status` (codes, all finite), `pose` (the
+    inputs in float64), `bucket` (0 to 4).
+    """
+
+    name = "rr_ik"
+    error_unit = "rad"
+    suggested: Mapping[str, Any] = SUGGESTED
+
+    def __init__(self, params: ArmParams) -> None:
+        self.params = params
+        self._splits: dict[int, dict[str, Split]] = {}
+
+    def splits(self, seed: int) -> Mapping[str, Split]:
+        """Draw the splits, from the data seed or, with `redraw_data`, from the trial's seed."""
+        key = self.params.data.seed_of(seed)
+        if key not in self._splits:
+            # The last one only: a sweep over many seeds must not fill the memory.
+            self._splits = {key: self._draw(seed)}
+        return self._splits[key]
+
+    def build_model(self, config: TrialConfig) -> nn.Module:
+        """Build the network of the structure; its width and depth are the config's."""
+        if self.params.structure == "free":
+            return FreeArm(make_model(config, 6, 2))
+        return StepLinearArm(config.hidden_width, config.hidden_depth)
+
+    def make_loss(self, config: TrialConfig) -> LossFn | None:
+        """Fit rows as a whole where all components share a denominator; else take the config's own loss."""
+        if self.params.structure == "free":
+            return None
+        return row_fit_training_loss(config, weight_cap=self.params.error_weight_cap)
+
+    def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
+        """Score joint steps; `charged_` metrics count every row, a rejected one as if it had answered zero.
+
+        Besides the standard metrics (mean absolute error in radians per joint): `mse`, `mae` over answered
+        rows, `success_rate` (their share), `charged_mse`, `predict_zero_mse`, charged MSE and count by bucket
+        of |det J|, and the pole metrics of `pole_scores`.
+        """
+        value, status = split.extras["value"], split.extras["status"]
+        predicted = decoded.decoded.to(value.dtype)
+        accepted = answered_rows(decoded)
+        scores = standard_metrics(predicted, accepted, value, status, baseline=0.0)
+
+        zero_error = value.square().mean(dim=-1)
+        error = (predicted - value).square().mean(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        charged = torch.where(accepted, error, zero_error)
+        scores["mse"] = _mean(error[accepted])
+        scores["mae"] = scores["accepted_error"]
+        scores["success_rate"] = _mean(accepted.to(torch.float64))
+        scores["charged_mse"] = _mean(charged)
+        scores["predict_zero_mse"] = _mean(zero_error)
+        for number, bucket in enumerate(BUCKET_NAMES):
+            rows = split.extras["bucket"] == number
+            scores[f"charged_mse_{bucket}"] = _mean(charged[rows])
+            scores[f"rows_{bucket}"] = float(rows.sum())
+        return scores | pole_scores(
+            split.extras["pose"].numpy(),
+            value.numpy(),
+            predicted.numpy(),
+            accepted.numpy(),
+            decoded.q_abs.reshape(len(split), -1).amin(dim=-1).numpy(),
+        )
+
+    def _draw(self, seed: int) -> dict[str, Split]:
+        data = self.params.data
+        poses = draw_poses(sum(data.sizes), data.stream("rr_ik", "poses", seed))
+        buckets = bucket_of(determinant(poses[:, :2]))
+        parts = stratified_split(buckets, data.sizes, data.stream("rr_ik", "deal", seed))
+        names = ("train", "val", "test")
+        dealt = dict(zip(names, parts, strict=True))
+        return {name: _make_split(poses[rows], buckets[rows]) for name, rows in dealt.items()}
+
+
+class StepLinearArm(nn.Module):
+    """Joint steps as A(theta2) (dx, dy) / q(theta2) in the frame of the first link, q > 0, unit-length rows.
+
+    The step is turned into the frame of the first link, where the answer no longer depends on theta1; the
+    network sees theta2 alone, through features that resolve the width of the damped pole.
+    """
+
+    def __init__(self, hidden_width: int, hidden_depth: int) -> None:
+        super().__init__()
+        widths = [4, *[hidden_width] * hidden_depth]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, 4) inputs to P and Q, both (B, 2)."""
+        joint, step = _encode(x)
+        out = self.net(joint)
+        P = (out[..., :4].unflatten(-1, (2, 2)) * step.unsqueeze(-2)).sum(dim=-1)
+        return unit_rows(P, functional.softplus(out[..., 4:]))
+
+
+class FreeArm(nn.Module):
+    """The config's own head on the six features of a pose and its wanted step."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, 4) inputs to P and Q, both (B, 2)."""
+        P, Q = self.head(torch.cat(_encode(x), dim=-1))
+        return P, Q
+
+
+def pole_scores(
+    pose: np.ndarray, truth: np.ndarray, predicted: np.ndarray, answered: np.ndarray, q_abs: np.ndarray
+) -> dict[str, float]:
+    """How well the poles are placed and passed; nan where too few rows are there to say.
+
+    - pole_location_error: mean distance (rad) of theta2 to the nearest of 0 and +-pi over the hundredth of
+      the rows with the smallest |Q|.
+    - sign_flip_rate: share of components of answered rows, true size over 1e-3, answered with the wrong
+      sign.
+    - slope_error: |difference| of the slopes of log |step| over log |det J| between answers and truth, over
+      answered rows with 0.02 < |det J| < 0.5.
+    - residual_consistency: root mean square over answered rows of the distance (link lengths) between the tip
+      motions J dtheta of answer and truth.
+    """
+    det = np.abs(determinant(pose[:, :2]))
+    smallest = np.argsort(q_abs, kind="stable")[: max(1, len(q_abs) // 100)]
+    theta2 = np.abs(pose[smallest, 1])
+    scores = {"pole_location_error": float(np.minimum(theta2, np.abs(np.pi - theta2)).mean())}
+    counted = answered[:, None] & (np.abs(truth) > 1e-3)
+    flips = (np.sign(predicted) != np.sign(truth))[counted]
+    scores["sign_flip_rate"] = float(flips.mean()) if flips.size else float("nan")
+    sizes = np.linalg.norm(truth, axis=1), np.linalg.norm(predicted, axis=1)
+    band = answered & (det > 0.02) & (det < 0.5) & (sizes[0] > 0) & (sizes[1] > 0) & np.isfinite(sizes[1])
+    if band.sum() > 2:
+        true_slope, slope = (np.polyfit(np.log(det[band]), np.log(size[band]), 1)[0] for size in sizes)
+        scores["slope_error"] = float(abs(slope - true_slope))
+    else:
+        scores["slope_error"] = float("nan")
+    off = (jacobian(pose[answered, :2]) @ (predicted - truth)[answered][:, :, None])[..., 0]
+    scores["residual_consistency"] = float(np.sqrt((off**2).sum(axis=1).mean())) if len(off) else float("nan")
+    return scores
+
+
+def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (B, 4) of theta2, and the wanted step (B, 2) in the first link's frame in typical steps."""
+    theta1, theta2, dx, dy = x.unbind(dim=-1)
+    sine, cosine = theta1.sin(), theta1.cos()
+    step = torch.stack([dx * cosine + dy * sine, dy * cosine - dx * sine], dim=-1) / STEP
+    bend = theta2.sin() / DAMPING
+    # asinh tells apart sines of every size; the last one turns over within the width of the damped pole.
+    joint = [theta2.sin(), theta2.cos(), bend.asinh() / 3.0, bend * torch.rsqrt(bend.square() + 1.0)]
+    return torch.stack(joint, dim=-1), step
+
+
+def _make_split(poses: np.ndarray, buckets: np.ndarray) -> Split:
+    value = torch.from_numpy(damped_step(poses[:, :2], poses[:, 2:]))
+    status = torch.full(value.shape, STATUS_CODES["finite"])
+    return Split(
+        inputs=torch.from_numpy(poses).to(torch.float32),
+        targets=lift_semantic_targets(value.to(torch.float32), status),
+        extras={
+            "value": value,
+            "status": status,
+            "pose": torch.from_numpy(poses),
+            "bucket": torch.from_numpy(buckets),
+        },
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else float("nan")
