@@ -39,8 +39,12 @@ METRICS: dict[str, Metric] = {
         Metric("parameters", "lower", "weights"),
         Metric("epochs", "lower", "epochs"),
         Metric("metric.macro_f1", "higher", "share"),
+        Metric("metric.direction_macro_f1", "higher", "share"),
         Metric("metric.accuracy", "higher", "share"),
+        Metric("metric.finite_mae", "lower"),
         Metric("metric.mse", "lower"),
+        Metric("metric.charged_mse", "lower"),
+        Metric("metric.charged_extrapolation_mse", "lower"),
         Metric("metric.mae", "lower"),
         Metric("metric.rmse", "lower"),
     )

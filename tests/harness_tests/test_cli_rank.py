@@ -200,7 +200,8 @@ def test_a_leaderboard_that_cannot_be_written_is_still_printed(run, capsys):
 
 
 def test_rank_starts_without_torch_and_ray(run):
-    """Ranking a finished run does not wait for a training library."""
+    """Ranking a finished run does not wait for a training library, also where its plan is read."""
+    (run / "plan.yaml").write_text(PLAN)
     code = f"""
 import sys
 from harness.cli.main import main
