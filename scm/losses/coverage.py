@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scm.autodiff.policies import GradientPolicy, get_policy
-from scm.losses.rowwise import as_rows_of, check_at_least_zero, reduce_rows
+from scm.losses.rowwise import Reduced, as_rows_of, check_at_least_zero, reduce_rows
 
 
 def coverage(outputs: Tensor, is_bottom: Tensor, *, policy: GradientPolicy | None = None) -> Tensor:
@@ -66,11 +66,14 @@ def soft_coverage_kernel(
     temperature: float | Tensor,
     target: float | Tensor,
     mask: Tensor | None,
+    nonfinite_is_bottom: bool = False,
     *,
     with_gradients: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Kernel of the squared shortfall of the soft coverage."""
+) -> Reduced:
+    """Kernel of the squared shortfall; `nonfinite_is_bottom`: such a row is not covered, instead of nan."""
     accepted = torch.sigmoid((Q.abs() - tau) / temperature)
+    if nonfinite_is_bottom:
+        accepted = torch.where(Q.isfinite(), accepted, 0.0)
     if mask is None:
         share: Tensor | float = 1.0 / max(Q.numel(), 1)
         missing = target if Q.numel() else 0.0
@@ -82,9 +85,9 @@ def soft_coverage_kernel(
     shortfall = (missing - accepted.sum() * share).clamp(min=0)
     loss = shortfall * shortfall
     if not with_gradients:
-        return loss, ()
+        return Reduced(loss)
     slope = torch.copysign(torch.addcmul(accepted, accepted, accepted, value=-1), Q)
-    return loss, (as_rows_of(slope * (shortfall * (-2.0 * share / temperature)), mask, Q),)
+    return Reduced(loss, (as_rows_of(slope * (shortfall * (-2.0 * share / temperature)), mask, Q),))
 
 
 def check_share(name: str, value: float | Tensor) -> None:
@@ -94,5 +97,7 @@ def check_share(name: str, value: float | Tensor) -> None:
 
 
 def _bottom_share(is_bottom: Tensor) -> Tensor:
-    bottoms = is_bottom.detach().to(torch.float32)
-    return bottoms.mean() if bottoms.numel() else bottoms.sum()
+    is_bottom = is_bottom.detach()
+    if not is_bottom.numel():
+        return is_bottom.sum(dtype=torch.float32)
+    return is_bottom.mean(dtype=torch.float32)

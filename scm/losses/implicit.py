@@ -9,8 +9,16 @@ from torch import Tensor
 
 from scm.autodiff.policies import gate_tuple
 from scm.losses.projective import loss_dtype
-from scm.losses.rowwise import TINY, as_rows_of, bool_mask, check_at_least_zero, mean_over, reduce_rows
-from scm.losses.tuples import in_given_units, is_wide, safe_pair
+from scm.losses.rowwise import (
+    TINY,
+    Reduced,
+    as_rows_of,
+    bool_mask,
+    check_at_least_zero,
+    mean_over,
+    reduce_rows,
+)
+from scm.losses.tuples import in_given_units, is_negligible, is_wide, safe_pair
 
 LARGEST = 1e6
 """No row costs more: beyond, the denominator is a fixed share of what it is at a right angle."""
@@ -53,46 +61,46 @@ def _implicit(
     mask: Tensor | None,
     *,
     with_gradients: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    p, q, y, d, gamma, scale, smallest = _in_safe_units(P, Q, Y_n, Y_d, gamma)
+) -> Reduced:
+    p, q, y, d, added, scale = _in_safe_units(P, Q, Y_n, Y_d, gamma)
     n_side, d_side = p * y, q * d
     cross = torch.addcmul(p * d, q, y, value=-1)
     dot = n_side + d_side
     squared = cross * cross
-    sides = torch.addcmul(d_side * d_side, n_side, n_side) + gamma
+    sides = torch.addcmul(d_side * d_side, n_side, n_side) + added
     floor = torch.addcmul(squared, dot, dot).mul(1.0 / LARGEST)
-    denominator = torch.maximum(sides, floor).clamp(min=TINY)
+    denominator = torch.maximum(sides, floor)
+    if is_negligible(gamma):
+        denominator = denominator.clamp(min=TINY)
     ratio = cross / denominator
     loss, share = mean_over(ratio * cross, mask)
     loss = loss.to(loss_dtype(P, Q))
     if not with_gradients:
-        return loss, ()
-    by_p, by_q = d, -y
+        return Reduced(loss)
+    by_p, by_q = d, y
     if not detach_scale:
         is_floor = floor > sides
-        turn = dot / torch.addcmul(p * p, q, q).clamp(min=smallest)
+        turn = dot / torch.addcmul(p * p, q, q)  # 0/0 at the origin, which lies above the floor
         by_p = torch.where(is_floor, turn * q, torch.addcmul(d, ratio * n_side, y, value=-1))
-        by_q = torch.where(is_floor, turn * -p, torch.addcmul(-y, ratio * d_side, d, value=-1))
-    ratio = ratio * (2 * share)
+        by_q = torch.where(is_floor, turn * p, torch.addcmul(y, ratio * d_side, d))
     gradients = (
-        as_rows_of(_bounded(in_given_units(ratio * by_p, scale), P), mask, P),
-        as_rows_of(_bounded(in_given_units(ratio * by_q, scale), Q), mask, Q),
+        as_rows_of(_bounded(in_given_units(ratio * (2 * share) * by_p, scale), P), mask, P),
+        as_rows_of(_bounded(in_given_units(ratio * (-2 * share) * by_q, scale), Q), mask, Q),
     )
-    return loss, gradients
+    return Reduced(loss, gradients)
 
 
 def _in_safe_units(
     P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, gamma: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, float | Tensor, Tensor | None, float]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float | Tensor, Tensor | None]:
     if not is_wide(P, Q, Y_n, Y_d):
-        p, q, scale, smallest = safe_pair(P, Q, wide=False)
-        return p, q, Y_n.double(), Y_d.double(), gamma, scale, smallest
+        return P.double(), Q.double(), Y_n.double(), Y_d.double(), gamma, None
     root = gamma.sqrt() if isinstance(gamma, Tensor) else math.sqrt(gamma)
     y, d, target_scale, _ = safe_pair(Y_n, Y_d, wide=True)
     assert target_scale is not None
-    p, q, scale, smallest = safe_pair(P, Q, wide=True, at_least=root / target_scale)
+    p, q, scale, _ = safe_pair(P, Q, wide=True, at_least=root / target_scale)
     assert scale is not None
-    return p, q, y, d, (root / scale / target_scale).square(), scale, smallest
+    return p, q, y, d, (root / scale / target_scale).square(), scale
 
 
 def _bounded(gradient: Tensor, like: Tensor) -> Tensor:

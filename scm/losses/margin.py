@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scm.autodiff.policies import gate_denominator
-from scm.losses.rowwise import as_rows_of, bool_mask, check_at_least_zero, reduce_rows
+from scm.losses.rowwise import Reduced, bool_mask, check_at_least_zero, reduce_rows
 
 MarginReduction = Literal["population", "conditional"]
 REDUCTIONS: tuple[MarginReduction, ...] = ("population", "conditional")
@@ -40,14 +40,14 @@ def margin_loss(
 
 def below_kernel(
     Q: Tensor, tau: float | Tensor, mask: Tensor | None, conditional: bool, *, with_gradients: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Reduced:
     """Kernel of the mean of ``relu(tau - |Q|)^2``."""
     return _mean_square((tau - Q.abs()).clamp(min=0), Q, -2.0, mask, conditional, with_gradients)
 
 
 def above_kernel(
     Q: Tensor, tau: float | Tensor, mask: Tensor | None, conditional: bool, *, with_gradients: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Reduced:
     """Kernel of the mean of ``relu(|Q| - tau)^2``; what is too large to be squared counts as the largest."""
     largest = math.sqrt(torch.finfo(Q.dtype).max / max(Q.numel(), 1)) / 2
     return _mean_square((Q.abs() - tau).clamp(min=0, max=largest), Q, 2.0, mask, conditional, with_gradients)
@@ -55,7 +55,7 @@ def above_kernel(
 
 def _mean_square(
     excess: Tensor, Q: Tensor, slope: float, mask: Tensor | None, conditional: bool, with_gradients: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Reduced:
     if mask is not None:
         excess = torch.where(mask, excess, 0.0)
     share: Tensor | float = 1.0 / max(excess.numel(), 1)
@@ -63,6 +63,6 @@ def _mean_square(
         share = mask.sum().clamp(min=1).to(excess.dtype).reciprocal()
     loss = torch.dot(excess.flatten(), excess.flatten()) * share
     if not with_gradients:
-        return loss, ()
+        return Reduced(loss)
     # copysign, unlike the derivative of |Q|, has no zero at zero.
-    return loss, (as_rows_of(torch.copysign(excess, Q) * (slope * share), None, Q),)
+    return Reduced(loss, (torch.copysign(excess, Q) * (slope * share),))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scm.autodiff.policies import gate_tuple
-from scm.losses.rowwise import TINY, as_rows_of, bool_mask, mean_over, reduce_rows
+from scm.losses.rowwise import TINY, Reduced, as_rows_of, bool_mask, mean_over, reduce_rows
 from scm.losses.tuples import in_given_units, is_wide, safe_pair
 
 
@@ -30,7 +30,7 @@ def projective_fit_loss(
 
 def _sine_squared(
     P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, mask: Tensor | None, *, with_gradients: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Reduced:
     wide = is_wide(P, Q, Y_n, Y_d)
     p, q, scale, smallest = safe_pair(P, Q, wide=wide)
     y, d = safe_pair(Y_n, Y_d, wide=True)[:2] if wide else (Y_n, Y_d)
@@ -41,14 +41,14 @@ def _sine_squared(
     loss, share = mean_over((squared + TINY) / product, mask)
     loss = loss.to(loss_dtype(P, Q))
     if not with_gradients:
-        return loss, ()
+        return Reduced(loss)
     length = torch.addcmul(p * p, q, q).clamp(min=smallest)
     slope = cross * dot / product / length * (2 * share)
     gradients = (
         as_rows_of(in_given_units(slope * q, scale), mask, P),
         as_rows_of(in_given_units(slope * -p, scale), mask, Q),
     )
-    return loss, gradients
+    return Reduced(loss, gradients)
 
 
 def loss_dtype(P: Tensor, Q: Tensor) -> torch.dtype:

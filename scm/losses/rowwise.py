@@ -9,13 +9,23 @@ construction. The formulas are decided in the modules of the single losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Kernel = Callable[..., tuple[Tensor, Sequence[Tensor]]]
-"""``kernel(*arguments, with_gradients=bool)`` returns the loss and the gradients of its first arguments."""
+
+class Reduced(NamedTuple):
+    """What a kernel returns: the loss, its gradients in its first arguments, and parts of it for the log."""
+
+    loss: Tensor
+    gradients: Sequence[Tensor | None] = ()
+    parts: Sequence[Tensor] = ()
+
+
+Kernel = Callable[..., Reduced]
+"""Called as ``kernel(*arguments, with_gradients=bool)``; without, `Reduced.gradients` may be empty."""
 
 TINY = 1e-250
 """Added where 0/0 could arise, in float64 arithmetic whose regular values lie far above."""
@@ -27,26 +37,83 @@ def reduce_rows(kernel: Kernel, *arguments: Any) -> Tensor:
     arguments: tensors, numbers or None. The kernel says of how many of the first arguments it returns
     gradients; the other arguments get none.
     """
+    return reduce_terms(kernel, *arguments)[0]
+
+
+def reduce_terms(kernel: Kernel, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the kernel's loss as `reduce_rows` does, followed by its parts, which have no gradient."""
+    outputs: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
-        loss: Tensor = _Transformed.apply(kernel, *arguments)
-        return loss
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        loss = _Eager.apply(kernel, *arguments)
-        return loss
-    return kernel(*arguments, with_gradients=False)[0]
+        outputs = _Transformed.apply(kernel, *arguments)
+    elif torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        outputs = _Eager.apply(kernel, *arguments)
+    else:
+        loss, _, parts = kernel(*arguments, with_gradients=False)
+        outputs = (loss, *parts)
+    return outputs
+
+
+class WeightedTerm(NamedTuple):
+    """One kernel of a weighted sum. operands: which of the shared inputs its first arguments are."""
+
+    weight: float | Tensor
+    kernel: Kernel
+    operands: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+def reduce_weighted(inputs: Sequence[Tensor], terms: Sequence[WeightedTerm]) -> tuple[Tensor, ...]:
+    """Return the weighted sum of several kernels of shared inputs as one node, followed by each loss."""
+    layout: list[tuple[Kernel, tuple[int, ...], int, int]] = []
+    arguments: list[Any] = list(inputs)
+    for weight, kernel, operands, rest in terms:
+        layout.append((kernel, operands, len(arguments), len(arguments) + 1 + len(rest)))
+        arguments += (weight, *rest)
+    return reduce_terms(partial(_weighted_sum, len(inputs), layout), *arguments)
+
+
+def _weighted_sum(
+    n_inputs: int,
+    layout: Sequence[tuple[Kernel, tuple[int, ...], int, int]],
+    *arguments: Any,
+    with_gradients: bool,
+) -> Reduced:
+    total: Tensor | None = None
+    gradients: list[Tensor | None] = [None] * n_inputs
+    parts = []
+    for kernel, operands, start, stop in layout:
+        weight: float | Tensor = arguments[start]
+        inputs = [arguments[i] for i in operands]
+        loss, slopes, _ = kernel(*inputs, *arguments[start + 1 : stop], with_gradients=with_gradients)
+        total = _plus(total, loss, weight)
+        parts.append(loss)
+        for i, slope in zip(operands, slopes, strict=False):
+            if slope is not None:
+                gradients[i] = _plus(gradients[i], slope, weight)
+    assert total is not None
+    return Reduced(total, gradients, parts)
+
+
+def _plus(total: Tensor | None, value: Tensor, weight: float | Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        weighted = value * weight
+        return weighted if total is None else total + weighted
+    if total is None:
+        return value if weight == 1 else value * weight
+    return torch.add(total, value, alpha=weight)
 
 
 class _Eager(torch.autograd.Function):
     """Keeps the gradients that the forward pass has computed."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, *arguments: Any) -> Tensor:
-        loss, gradients = kernel(*arguments, with_gradients=True)
-        _save(ctx, kernel, arguments, gradients)
-        return loss
+    def forward(ctx: Any, kernel: Kernel, *arguments: Any) -> tuple[Tensor, ...]:
+        loss, gradients, parts = kernel(*arguments, with_gradients=True)
+        _save(ctx, kernel, arguments, gradients, parts)
+        return (loss, *parts)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone differentiates twice: the gradients need a graph of their own
             return _pulled_back(ctx, upstream, _recomputed(ctx, saved))
@@ -62,45 +129,55 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(kernel: Kernel, *arguments: Any) -> Tensor:
-        return kernel(*arguments, with_gradients=False)[0]
+    def forward(kernel: Kernel, *arguments: Any) -> tuple[Tensor, ...]:
+        loss, _, parts = kernel(*arguments, with_gradients=False)
+        return (loss, *parts)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs[0], inputs[1:], ())
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs[0], inputs[1:], (), output[1:])
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return _pulled_back(ctx, upstream, _recomputed(ctx, ctx.saved_tensors))
 
 
-def _save(ctx: Any, kernel: Kernel, arguments: Sequence[Any], gradients: Sequence[Tensor]) -> None:
+def _save(
+    ctx: Any,
+    kernel: Kernel,
+    arguments: Sequence[Any],
+    gradients: Sequence[Tensor | None],
+    parts: Sequence[Tensor],
+) -> None:
+    ctx.mark_non_differentiable(*parts)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in arguments), *gradients)
     ctx.constants = tuple(None if isinstance(a, Tensor) else a for a in arguments)
     ctx.n_arguments = len(arguments)
     ctx.kernel = kernel
 
 
-def _recomputed(ctx: Any, saved: Sequence[Any]) -> Sequence[Tensor]:
+def _recomputed(ctx: Any, saved: Sequence[Any]) -> Sequence[Tensor | None]:
     arguments = [t if c is None else c for t, c in zip(saved, ctx.constants, strict=False)]
-    gradients: Sequence[Tensor] = ctx.kernel(*arguments, with_gradients=True)[1]
+    gradients: Sequence[Tensor | None] = ctx.kernel(*arguments, with_gradients=True).gradients
     return gradients
 
 
-def _pulled_back(ctx: Any, upstream: Tensor, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
+def _pulled_back(ctx: Any, upstream: Tensor | None, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    if upstream is None:
+        return (None,) * (ctx.n_arguments + 1)
     needed = ctx.needs_input_grad[1:]
-    pulled = [upstream * g if needed[i] else None for i, g in enumerate(gradients)]
+    pulled = [upstream * g if needed[i] and g is not None else None for i, g in enumerate(gradients)]
     return (None, *pulled, *([None] * (ctx.n_arguments - len(pulled))))
 
 
 def mean_over(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
     """Return the mean of `values` over the rows of `mask` (0 over no rows), and what one row weighs in it."""
     if mask is None:
-        share: Tensor | float = 1.0 / max(values.numel(), 1)
-    else:
-        values = torch.where(mask, values, 0.0)
-        share = mask.sum().clamp(min=1).to(values.dtype).reciprocal()
-    return values.sum() * share, share
+        count = values.numel()
+        return (values.mean(), 1.0 / count) if count else (values.sum(), 1.0)
+    share = mask.sum().clamp(min=1).to(values.dtype).reciprocal()
+    return torch.where(mask, values, 0.0).sum() * share, share
 
 
 def as_rows_of(gradient: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from scm.autodiff.policies import gate_tuple
 from scm.losses.projective import loss_dtype
-from scm.losses.rowwise import TINY, as_rows_of, bool_mask, check_at_least_zero, reduce_rows
-from scm.losses.tuples import in_given_units, is_wide, safe_pair
+from scm.losses.rowwise import TINY, Reduced, as_rows_of, bool_mask, check_at_least_zero, reduce_rows
+from scm.losses.tuples import in_given_units, is_negligible, is_wide, safe_pair
 
 
 def sign_consistency_loss(
@@ -52,25 +52,26 @@ def sign_kernel(
     mask: Tensor,
     *,
     with_gradients: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Reduced:
     """Kernel of the mean of ``1 - cos`` over all entries, 0 outside of `mask`."""
     wide = is_wide(P, Q, Y_n, Y_d)
     root = gamma.sqrt() if isinstance(gamma, Tensor) else math.sqrt(gamma)
     p, q, scale, smallest = safe_pair(P, Q, wide=wide, at_least=root)
     y, d, target_scale, _ = safe_pair(Y_n, Y_d, wide=wide, at_least=root)
     length = torch.addcmul(p * p, q, q) + (gamma if scale is None else (root / scale).square())
-    length = length.clamp(min=smallest)
     target = torch.addcmul(y * y, d, d) + (gamma if target_scale is None else (root / target_scale).square())
-    inverse = (length * target + TINY).rsqrt()
+    if is_negligible(gamma):
+        length, target = length.clamp(min=smallest), target.clamp(min=TINY)
+    inverse = (length * target).rsqrt()
     cosine = torch.addcmul(p * y, q, d) * inverse
     cost = torch.where(mask, (1.0 - cosine).clamp(min=0), 0.0)
     share = 1.0 / max(cost.numel(), 1)
     loss = (cost.sum() * share).to(loss_dtype(P, Q))
     if not with_gradients:
-        return loss, ()
+        return Reduced(loss)
     along, inverse = cosine / length * share, inverse * share
     gradients = (
         as_rows_of(in_given_units(torch.addcmul(along * p, inverse, y, value=-1), scale), mask, P),
         as_rows_of(in_given_units(torch.addcmul(along * q, inverse, d, value=-1), scale), mask, Q),
     )
-    return loss, gradients
+    return Reduced(loss, gradients)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from torch import Tensor
 from scm.autodiff.policies import gate_tuple
 from scm.losses.coverage import check_share, rejection_loss, soft_coverage_kernel
 from scm.losses.margin import above_kernel, below_kernel
-from scm.losses.rowwise import bool_mask, check_at_least_zero, reduce_rows
+from scm.losses.rowwise import Kernel, WeightedTerm, bool_mask, check_at_least_zero, reduce_weighted
 from scm.losses.separation import check_thresholds
 from scm.losses.sign import sign_kernel
 
 TERMS = ("fit", "margin", "sign", "rejection", "push_down", "push_up")
+GATED_TERMS = frozenset({"margin", "sign", "push_down", "push_up"})
 COVERAGE_TERMS = ("hard", "soft")
 
 Weight = float | Tensor
@@ -65,7 +67,7 @@ class LossConfig:
         check_share("target_coverage", self.target_coverage)
         check_thresholds(self.tau_bottom, self.tau_finite)
         if not isinstance(self.coverage_temperature, Tensor) and self.coverage_temperature == 0:
-            raise ValueError(f"coverage_temperature must be > 0, got coverage_temperature=0")
+            raise ValueError("coverage_temperature must be > 0, got coverage_temperature=0")
         if self.coverage_term not in COVERAGE_TERMS:
             raise ValueError(f"coverage_term must be one of {COVERAGE_TERMS}, got {self.coverage_term!r}")
 
@@ -105,37 +107,27 @@ class SCMTrainingLoss:
         A term whose weight is the plain number 0 is not computed and reads 0 in the breakdown. A
         denominator that is not finite counts as 0 in the soft coverage.
         """
-        config = self.config
         lambdas = self._lambdas(weights)
-        tau = config.tau_train if tau_train is None else tau_train
-        if tau_train is not None:
-            check_at_least_zero("tau_train", tau_train)
-        wants = {term: not _is_zero(weight) for term, weight in lambdas.items()}
-        gated_p, gated_q = P, Q
-        if wants["margin"] or wants["sign"] or wants["push_down"] or wants["push_up"]:
-            gated_p, gated_q = gate_tuple(P, Q, tau=tau)
-        terms: dict[str, Tensor] = {"fit": fit_loss}
+        tau = self.config.tau_train if tau_train is None else tau_train
+        target = self.config.target_coverage if target_coverage is None else target_coverage
+        check_at_least_zero("tau_train", tau)
+        check_share("target_coverage", target)
+        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained)
+        terms = self._terms(lambdas, rows, (P, Q, Y_n, Y_d), tau, target)
 
-        if mask_finite is not None:
-            mask_finite = bool_mask("mask_finite", mask_finite, Q)
-        groups_wanted = wants["push_down"] or (wants["push_up"] and mask_finite is None)
-        if mask_singular is None and (wants["sign"] or (groups_wanted and mask_censored is None)):
-            mask_singular = Y_d.abs() <= config.epsilon_sing
-        if wants["margin"]:
-            terms["margin"] = reduce_rows(below_kernel, gated_q, tau, mask_finite, False)
-        if wants["sign"]:
-            assert mask_singular is not None
-            rows = bool_mask("mask_singular", mask_singular, torch.broadcast_tensors(P, Q, Y_n, Y_d)[0])
-            terms["sign"] = reduce_rows(sign_kernel, gated_p, gated_q, Y_n, Y_d, config.gamma, rows)
-        if wants["rejection"]:
-            target = config.target_coverage if target_coverage is None else target_coverage
-            coverage_term = self._coverage(Q, tau, target, is_bottom, mask_trained)
-            if coverage_term is not None:
-                terms["rejection"] = coverage_term
-        if wants["push_down"] or wants["push_up"]:
-            censored = mask_singular if mask_censored is None else mask_censored
-            terms.update(self._separation(gated_q, censored, mask_finite, wants))
-        return _weighted_total(terms, lambdas)
+        parts = {"fit": fit_loss.detach()}
+        total = fit_loss if _is(1, lambdas["fit"]) else fit_loss * lambdas["fit"]
+        if terms:
+            gated = any(term in GATED_TERMS for term in terms)
+            gated_p, gated_q = gate_tuple(P, Q, tau=tau) if gated else (P, Q)
+            constraints, *losses = reduce_weighted((gated_p, gated_q, Q), list(terms.values()))
+            total = total + constraints
+            parts.update(zip(terms, losses, strict=True))
+        if self.config.coverage_term == "hard" and is_bottom is not None and not _is(0, lambdas["rejection"]):
+            # A measurement without a gradient: it is no part of the node above.
+            parts["rejection"] = rejection_loss(is_bottom, target)
+            total = total + parts["rejection"] * lambdas["rejection"]
+        return total, _breakdown(parts, total)
 
     def _lambdas(self, weights: Mapping[str, Weight] | None) -> dict[str, Weight]:
         config = self.config
@@ -154,58 +146,78 @@ class SCMTrainingLoss:
             lambdas[term] = weight
         return lambdas
 
-    def _coverage(
-        self, Q: Tensor, tau: Weight, target: Weight, is_bottom: Tensor | None, mask: Tensor | None
-    ) -> Tensor | None:
-        if self.config.coverage_term == "hard":
-            return None if is_bottom is None else rejection_loss(is_bottom, target)
-        check_share("target_coverage", target)
-        # One denominator that is not a number must not take the gradient of all others with it.
-        Q = torch.nan_to_num(Q, nan=0.0, posinf=0.0, neginf=0.0)
-        rows = None if mask is None else bool_mask("mask_trained", mask, Q)
-        return reduce_rows(soft_coverage_kernel, Q, tau, self.config.coverage_temperature, target, rows)
-
-    def _separation(
-        self, Q: Tensor, censored: Tensor | None, finite: Tensor | None, wants: Mapping[str, bool]
-    ) -> dict[str, Tensor]:
+    def _terms(
+        self,
+        lambdas: Mapping[str, Weight],
+        rows: _Rows,
+        tuples: tuple[Tensor, Tensor, Tensor, Tensor],
+        tau: Weight,
+        target: Weight,
+    ) -> dict[str, WeightedTerm]:
+        """Return the terms with a weight and a gradient; their inputs are (gated P, gated Q, free Q)."""
         config = self.config
-        terms: dict[str, Tensor] = {}
-        rows = None if censored is None else bool_mask("mask_censored", censored, Q)
-        if wants["push_down"]:
-            terms["push_down"] = reduce_rows(above_kernel, Q, config.tau_bottom, rows, True)
-        if wants["push_up"]:
-            if finite is None and rows is not None:
-                finite = ~rows
-            terms["push_up"] = reduce_rows(below_kernel, Q, config.tau_finite, finite, True)
+        P, Q, Y_n, Y_d = tuples
+        terms: dict[str, WeightedTerm] = {}
+
+        def add(term: str, kernel: Kernel, operands: tuple[int, ...], *arguments: Any) -> None:
+            terms[term] = WeightedTerm(lambdas[term], kernel, operands, arguments)
+
+        finite = None if rows.finite is None else bool_mask("mask_finite", rows.finite, Q)
+        if not _is(0, lambdas["sign"]):
+            singular = rows.singular if rows.singular is not None else Y_d.abs() <= config.epsilon_sing
+            if singular.shape != P.shape or singular.dtype != torch.bool:
+                singular = bool_mask("mask_singular", singular, torch.broadcast_tensors(P, Q, Y_n, Y_d)[0])
+            add("sign", sign_kernel, (0, 1), Y_n, Y_d, config.gamma, singular)
+        if not _is(0, lambdas["margin"]):
+            add("margin", below_kernel, (1,), tau, finite, False)
+        if config.coverage_term == "soft" and not _is(0, lambdas["rejection"]):
+            trained = None if rows.trained is None else bool_mask("mask_trained", rows.trained, Q)
+            # Ungated, and a denominator that is not a number must not take all others' gradient with it.
+            add(
+                "rejection",
+                soft_coverage_kernel,
+                (2,),
+                tau,
+                config.coverage_temperature,
+                target,
+                trained,
+                True,
+            )
+        if not (_is(0, lambdas["push_down"]) and _is(0, lambdas["push_up"])):
+            censored = next(
+                m for m in (rows.censored, rows.singular, Y_d.abs() <= config.epsilon_sing) if m is not None
+            )
+            censored = bool_mask("mask_censored", censored, Q)
+            if not _is(0, lambdas["push_down"]):
+                add("push_down", above_kernel, (1,), config.tau_bottom, censored, True)
+            if not _is(0, lambdas["push_up"]):
+                add(
+                    "push_up",
+                    below_kernel,
+                    (1,),
+                    config.tau_finite,
+                    ~censored if finite is None else finite,
+                    True,
+                )
         return terms
 
 
-def _weighted_total(
-    terms: Mapping[str, Tensor], lambdas: Mapping[str, Weight]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    total: Tensor | None = None
-    for term, value in terms.items():
-        weight = lambdas[term]
-        if _is_zero(weight):
-            continue
-        if total is None:
-            total = value if _is_one(weight) else value * weight
-        elif isinstance(weight, Tensor):
-            total = torch.addcmul(total, value, weight) if value.ndim == 0 else total + value * weight
-        else:
-            total = total.add(value, alpha=weight)
-    nothing = torch.zeros_like(terms["fit"].detach())
-    if total is None:
-        total = terms["fit"] * 0.0
-    breakdown = {term: terms[term].detach() if term in terms else nothing for term in TERMS[:4]}
-    breakdown.update({term: terms[term].detach() for term in TERMS[4:] if term in terms})
-    breakdown["total"] = total.detach()
-    return total, breakdown
+class _Rows(NamedTuple):
+    """The masks of a call, as given."""
+
+    finite: Tensor | None
+    singular: Tensor | None
+    censored: Tensor | None
+    trained: Tensor | None
 
 
-def _is_zero(weight: Weight) -> bool:
-    return not isinstance(weight, Tensor) and weight == 0
+def _breakdown(parts: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+    for term in ("margin", "sign", "rejection"):
+        if term not in parts:
+            parts[term] = torch.zeros_like(parts["fit"])
+    parts["total"] = total.detach()
+    return parts
 
 
-def _is_one(weight: Weight) -> bool:
-    return not isinstance(weight, Tensor) and weight == 1
+def _is(number: int, weight: Weight) -> bool:
+    return not isinstance(weight, Tensor) and weight == number

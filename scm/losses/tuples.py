@@ -48,6 +48,11 @@ def safe_pair(first: Tensor, second: Tensor, *, wide: bool, at_least: float | Te
     return Pair(first / scale, second / scale, scale, 1.0)
 
 
+def is_negligible(gamma: float | Tensor) -> bool:
+    """Say whether a gamma may be too small to keep a sum of squares away from 0; a tensor always may."""
+    return isinstance(gamma, Tensor) or gamma < 1e-30
+
+
 def in_given_units(gradient: Tensor, scale: Tensor | None) -> Tensor:
     """Return a gradient with respect to a scaled member as one with respect to the member itself."""
     return gradient if scale is None else gradient / scale
