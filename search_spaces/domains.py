@@ -298,7 +298,7 @@ def value_key(value: object) -> tuple[str, object]:
         return "bool", value
     if isinstance(value, int | float):
         return "number", value
-    return type(value).__name__, value
+    return ("text" if isinstance(value, str) else type(value).__name__), value
 
 
 def same_value(left: object, right: object) -> bool:
