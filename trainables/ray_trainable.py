@@ -86,6 +86,9 @@ class SCMTrainable(tune.Trainable):
     is asked for and absent raises `DeviceError`: no trial of such a job can run here.
     """
 
+    _run: TrialRun | None = None
+    _failed: dict[str, Any] | None = None
+
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first job, on as many threads as Ray has given CPUs."""
         torch.set_num_threads(_thread_share(self.trial_resources))
@@ -131,8 +134,7 @@ class SCMTrainable(tune.Trainable):
     def _start(self, job: Mapping[str, Any]) -> None:
         device = job.get("device", "cpu")
         check_device(device)
-        self._run: TrialRun | None = None
-        self._failed: dict[str, Any] | None = None
+        self._run, self._failed = None, None
         self._provenance = _provenance(device)
         try:
             loaded = load_task(job["task"], job["seed"])

@@ -1,4 +1,4 @@
-"""The worked example of a user's own task holds what it shows."""
+"""The worked example of a user's own task holds what it shows, and so do the plans beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from scm.training.targets import STATUS_CODES
 from trainables.tasks.protocol import TaskError
@@ -49,3 +50,14 @@ def test_example_refuses_what_it_does_not_know() -> None:
         make_task("own_task:LensTask", {"row": 3}, EXAMPLES)
     with pytest.raises(TaskError, match="rows must be a whole number >= 30, got 3"):
         make_task("own_task:LensTask", {"rows": 3}, EXAMPLES)
+
+
+@pytest.mark.parametrize("plan", ["nh4", "gbsg2", "own_task"])
+def test_example_plan_names_a_task_that_can_be_made(plan: str) -> None:
+    """Files and modules are found from the plan's folder; a sweep is large enough to rank."""
+    words = YAML(typ="safe").load((EXAMPLES / f"{plan}.yaml").read_text(encoding="utf-8"))
+    task = words["task"]
+    made = make_task(task.pop("name"), task, EXAMPLES)
+    assert len(made.splits(0)["train"]) > 50
+    assert words["search"]["configs"] >= 24
+    assert len(words["seeds"]) >= 2

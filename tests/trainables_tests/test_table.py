@@ -225,6 +225,7 @@ def test_labels_match_across_spellings() -> None:
     """TRUE, True and true are one label, and so are 1, "1" and 1.0; text is not folded otherwise."""
     assert {label_key(True), label_key("TRUE"), label_key("true ")} == {"true"}
     assert {label_key(1), label_key("1"), label_key(1.0)} == {"1"}
+    assert {label_key(None), label_key("NA"), label_key("")} == {""}
     assert label_key("Yes") != label_key("yes")
 
 
@@ -255,6 +256,11 @@ BAD: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
         {"s": ["ok"] * 19 + ["cuts"]},
         {"status": STATUS},
         "must be in its map, got 'cuts' in row 20; did you mean 'cut'",
+    ),
+    "status value with two meanings": (
+        {"s": ["true"] * 20},
+        {"status": {"column": "s", "values": {"TRUE": "finite", "true": "missing"}}},
+        "must give a value one meaning, got two for 'true'",
     ),
     "row without a status": (
         {"s": ["ok"] * 19 + [None]},

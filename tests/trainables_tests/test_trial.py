@@ -118,7 +118,7 @@ def test_trial_leaves_the_global_generator_as_it_was(task: TableTask) -> None:
 def test_interrupted_and_resumed_equals_uninterrupted(
     task: TableTask, optimizer: str, tmp_path: Path
 ) -> None:
-    """A trial saved after an epoch and loaded into a fresh one ends as if nothing had happened, to the bit."""
+    """A trial saved after an epoch and loaded into a fresh one ends as if nothing had happened."""
     config = {"max_epochs": 4, "optimizer": optimizer, "lr_schedule": "cosine", "tau_train_max": 0.1}
     whole = run_trial(task, config, 1)
     broken = TrialRun(task, config, 1)
@@ -211,7 +211,7 @@ def test_diverging_is_a_status_with_counts(task: TableTask) -> None:
 
 
 def test_faults_met_in_evaluation_count_as_outputs(task: TableTask) -> None:
-    """A model that is finite in training alone has no NaN in its losses; each val row is a fault each epoch."""
+    """A model that is finite in training alone has no NaN loss; each val row is a fault each epoch."""
     bad = Altered(task, build_model=lambda config: NonFinite(task.build_model(config), training=False))
     outcome = run_trial(bad, {"max_epochs": 2}, 0)
     assert (outcome["nan_loss"], outcome["nan_gradient"], outcome["nan_parameter"]) == (0, 0, 0)

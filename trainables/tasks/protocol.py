@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def check_metrics(metrics: object, where: str) -> None:
         if name not in metrics:
             raise TaskError(f"{where}: metrics(...) must hold {name!r}, got {sorted(map(str, metrics))}")
     for name, value in metrics.items():
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, Real):
             raise TaskError(f"{where}: metrics(...) must hold numbers, got {name}={value!r}")
 
 

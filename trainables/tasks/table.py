@@ -54,8 +54,9 @@ class TableParams:
     `split`: {column, values}: a column that says train, val or test (through the optional map `values`);
     without it rows are dealt by `fractions`, each status in proportion, from `split_seed`, so that all
     seeds of a sweep share one split and differ in training alone.
-    `missing_inputs`: error, mean (of the training split) or drop (the row). `types`: a column's kind where
-    the file's type does not say it. `max_levels`: the most levels that a categorical input may have.
+    `missing_inputs`: error, mean (of the training split) or drop (the row); empty, NA, NaN and null cells are
+    missing. `types`: a column's kind where the file's type does not say it. `max_levels`: the most levels
+    that a categorical input may have.
     """
 
     data: Path

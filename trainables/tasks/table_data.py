@@ -21,6 +21,7 @@ from trainables.tasks.protocol import SPLIT_NAMES, TaskError, nearest
 
 KINDS: tuple[str, ...] = ("numeric", "categorical", "boolean", "date")
 MISSING_RULES: tuple[str, ...] = ("error", "mean", "drop")
+_MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "null"})  # what a CSV reader takes for an empty cell
 _MICROSECONDS_PER_DAY = 86_400_000_000
 
 
@@ -127,6 +128,8 @@ def label_key(value: Any) -> str:
     if value is None:
         return ""
     text = str(value).strip()
+    if text.lower() in _MISSING_WORDS:
+        return ""
     if text.lower() in ("true", "false"):
         return text.lower()
     try:
@@ -143,8 +146,12 @@ def mapped_labels(
 
     Returns (N,) texts, "" where the label is missing and `values` does not say what that means.
     """
-    lookup = {label_key(key): label for key, label in values.items()}
+    lookup: dict[str, str] = {}
     for key, label in values.items():
+        if lookup.setdefault(label_key(key), label) != label:
+            raise TaskError(
+                f"the {role} map of {name!r} must give a value one meaning, got two for {str(key)!r}"
+            )
         if label not in known:
             raise TaskError(
                 f"unknown {role} {label!r} for the value {str(key)!r} of {name!r}{nearest(str(label), known)}"
