@@ -15,12 +15,12 @@ from torch import Tensor
 
 from scm.autodiff.policies import (
     GradientPolicy,
-    _LOCAL,
-    _is_transformed,
     apply_policy_tensor,
     gate_gradients,
     get_policy,
     has_active_policy,
+    is_transformed,
+    remember_late_gate,
 )
 
 
@@ -30,12 +30,12 @@ def gate_output(output: Tensor, bottom: Tensor, layer: str, policy: GradientPoli
     Inside ``torch.func`` transforms, where a backward pass cannot be told from a forward one, the policy in
     force at the call is taken.
     """
-    if policy is not None or has_active_policy() or _is_transformed():
+    if policy is not None or has_active_policy() or is_transformed():
         return gate_gradients(output, bottom, get_policy(layer) if policy is None else policy)
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
     gate = _LateOutputGate(bottom, layer)
-    _LOCAL.gates.add(gate)  # type: ignore[arg-type]
+    remember_late_gate(gate)
     gated = output.view_as(output)
     gated.register_hook(gate)
     return gated

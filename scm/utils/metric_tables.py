@@ -101,8 +101,9 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:
     count = len(values)
-    mean = math.fsum(values) / count
-    std = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (count - 1)) if count > 1 else None
+    mean = _mean(values)
+    # hypot scales its arguments, so that squares of large deviations do not overflow.
+    std = math.hypot(*(x - mean for x in values)) / math.sqrt(count - 1) if count > 1 else None
     return {
         "count": count,
         "mean": mean,
@@ -112,3 +113,10 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
         "first": values[0],
         "latest": values[-1],
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # the sum is out of range although the mean is not
+        return math.fsum(x / len(values) for x in values)

@@ -189,7 +189,11 @@ def test_small_squares_do_not_make_a_bottom():
 
 @pytest.mark.parametrize(
     "basis",
-    [MonomialBasis(), ChebyshevBasis(), CustomBasis(lambda x, d: torch.stack([x**k for k in range(d + 1)], -1))],
+    [
+        MonomialBasis(),
+        ChebyshevBasis(),
+        CustomBasis(lambda x, d: torch.stack([x**k for k in range(d + 1)], -1)),
+    ],
     ids=["monomial", "chebyshev", "custom"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -316,7 +320,9 @@ def test_bases_are_their_textbook_functions(x, degree):
     """Columns are x^k and cos(k·arccos x) continued, by an independent evaluation."""
     monomials = MonomialBasis()(tensor([x]), degree)[0]
     chebyshev = ChebyshevBasis()(tensor([x]), degree)[0]
-    np.testing.assert_allclose(monomials, np.vander([x], degree + 1, increasing=True)[0], rtol=1e-13, atol=1e-300)
+    np.testing.assert_allclose(
+        monomials, np.vander([x], degree + 1, increasing=True)[0], rtol=1e-13, atol=1e-300
+    )
     expected = [np.polynomial.chebyshev.chebval(x, [0] * k + [1]) for k in range(degree + 1)]
     np.testing.assert_allclose(chebyshev, expected, rtol=1e-9, atol=1e-12)
 
@@ -400,8 +406,14 @@ def test_angular_head_keeps_no_tensor_of_batch_times_outputs_times_inputs():
         (lambda: ProjectiveRationalMultiHead(1, 1, 1, q_param="exp"), "q_param must be one of"),
         (lambda: ProjectiveRationalMultiHead(1, 1, 1, q_min=-1.0), "q_min must be finite and >= 0"),
         (lambda: ProjectiveRationalMultiHead(1, 1, 1, q_min=math.nan), "q_min must be finite and >= 0"),
-        (lambda: ProjectiveRationalMultiHead(2, 1, 1)(torch.ones(3, 1), torch.ones(3)), "z_num must have shape"),
-        (lambda: ProjectiveRationalMultiHead(2, 1, 1)(torch.ones(3, 2), torch.ones(2)), "z_den must have shape"),
+        (
+            lambda: ProjectiveRationalMultiHead(2, 1, 1)(torch.ones(3, 1), torch.ones(3)),
+            "z_num must have shape",
+        ),
+        (
+            lambda: ProjectiveRationalMultiHead(2, 1, 1)(torch.ones(3, 2), torch.ones(2)),
+            "z_den must have shape",
+        ),
         (lambda: ProjectiveRationalMultiHead(1, 1, 1)(torch.ones(3, 1), torch.ones(3, 2)), "z_den must have"),
         (lambda: ProjectiveRRModelConfig(input_dim=0), "input_dim must be >= 1"),
         (lambda: ProjectiveRRModelConfig(output_dim=0), "output_dim must be >= 1"),

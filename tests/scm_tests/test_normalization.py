@@ -155,9 +155,17 @@ def test_layers_vectorise(layer):
         (lambda: SCMNorm(eps=math.nan), ValueError, "eps must be finite and >= 0"),
         (lambda: SCMNorm()(torch.tensor(1.0)), ValueError, "batch dimension"),
         (lambda: SCMNorm()(torch.ones(2, dtype=torch.int64)), TypeError, "real floating point"),
-        (lambda: SCMNorm()(torch.ones(2), torch.ones(3, dtype=torch.bool)), ValueError, "bottom_mask must have"),
+        (
+            lambda: SCMNorm()(torch.ones(2), torch.ones(3, dtype=torch.bool)),
+            ValueError,
+            "bottom_mask must have",
+        ),
         (lambda: SCMSoftmax()(torch.tensor(1.0)), ValueError, "class dimension"),
-        (lambda: SCMSoftmax()(torch.ones(2), torch.ones(1, dtype=torch.bool)), ValueError, "bottom_mask must"),
+        (
+            lambda: SCMSoftmax()(torch.ones(2), torch.ones(1, dtype=torch.bool)),
+            ValueError,
+            "bottom_mask must",
+        ),
         (lambda: SCMSoftmax()(torch.ones(2, dtype=torch.complex64)), TypeError, "real floating point"),
     ],
 )

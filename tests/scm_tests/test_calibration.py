@@ -1,0 +1,423 @@
+"""Choosing tau_infer on held-out data, the record of the choice, and decoding through it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import scm
+from scm.inference import (
+    CalibratedHead,
+    CalibrationError,
+    CalibrationRecord,
+    GaugeMismatchError,
+    UncalibratedWarning,
+    calibrate,
+    calibrated_decode,
+    strict_inference,
+)
+from scm.inference.calibration import SCHEMA_VERSION
+
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+LEVELS = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.1, 0.1, 0.5, math.nan, math.inf]))
+ROWS = st.lists(st.tuples(LEVELS, st.booleans()), min_size=2, max_size=25).filter(
+    lambda rows: len({flag for _, flag in rows}) == 2
+)
+BOUNDS = st.one_of(st.floats(0, 0.99), st.sampled_from([0.0, 0.1, 0.29, 0.5]))
+
+
+def split_of(rows, dtype=torch.float64):
+    return torch.tensor([q for q, _ in rows], dtype=dtype), torch.tensor([flag for _, flag in rows])
+
+
+def rates(q, in_range, tau):
+    """False-accept and false-reject rates by the rule itself, in NumPy."""
+    q, in_range = q.numpy(), in_range.numpy()
+    accepted = np.isfinite(q) & (q >= np.asarray(tau, dtype=q.dtype))
+    return accepted[~in_range].mean(), (~accepted[in_range]).mean()
+
+
+def record(**changes):
+    q, flags = torch.tensor([0.01, 0.02, 0.3, 0.5]), torch.tensor([False, False, True, True])
+    return calibrate(q, flags, **{"split": "val", "max_false_accept": 0.0, **changes})
+
+
+def unit_tuples(angles):
+    return torch.cos(angles), torch.sin(angles)
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+@given(ROWS, BOUNDS, DTYPES)
+def test_the_smallest_threshold_that_meets_a_false_accept_bound(rows, bound, dtype):
+    """The bound holds on the split, and fails at every smaller threshold at which a decision changes."""
+    q, in_range = split_of(rows, dtype)
+    chosen = calibrate(q, in_range, split="val", max_false_accept=bound)
+    tau = chosen.tau_infer
+    accepts, rejects = rates(q, in_range, tau)
+    assert accepts <= bound
+    assert chosen.false_accept_rate == pytest.approx(accepts)
+    assert chosen.false_reject_rate == pytest.approx(rejects)
+    below = np.nextafter(np.asarray(tau, dtype=q.numpy().dtype), 0)
+    if below >= chosen.bound["tau_min"]:
+        assert rates(q, in_range, below)[0] > bound
+
+
+@given(ROWS, BOUNDS, DTYPES)
+def test_the_largest_threshold_that_meets_a_false_reject_bound(rows, bound, dtype):
+    """The bound holds on the split and fails one ulp above; where it cannot hold, the error says what can."""
+    q, in_range = split_of(rows, dtype)
+    floor = np.asarray(1e-12, dtype=q.numpy().dtype)
+    least = rates(q, in_range, floor)[1]
+    if least > bound:
+        with pytest.raises(CalibrationError, match=f"the best within reach is {least:.6g} "):
+            calibrate(q, in_range, split="val", max_false_reject=bound)
+        return
+    chosen = calibrate(q, in_range, split="val", max_false_reject=bound)
+    assert rates(q, in_range, chosen.tau_infer)[1] <= bound
+    above = np.nextafter(np.asarray(chosen.tau_infer, dtype=q.numpy().dtype), np.inf)
+    assert rates(q, in_range, above)[1] > bound
+
+
+@given(ROWS, BOUNDS, st.randoms(use_true_random=False))
+def test_the_order_of_rows_does_not_matter(rows, bound, random):
+    """Shuffled rows give the same threshold and counts."""
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    one, other = (calibrate(*split_of(r), split="val", max_false_accept=bound) for r in (rows, shuffled))
+    assert (one.tau_infer, one.counts, one.curve) == (other.tau_infer, other.counts, other.curve)
+
+
+@given(ROWS, BOUNDS)
+def test_the_record_counts_what_decoding_does(rows, bound):
+    """Strict decoding with the chosen threshold makes exactly the recorded errors on the split."""
+    q, in_range = split_of(rows)
+    chosen = calibrate(q, in_range, split="val", max_false_accept=bound)
+    bottom = strict_inference(torch.ones_like(q) * 1e-300, q, chosen.inference_config()).bottom_mask
+    assert int((~bottom & ~in_range).sum()) == chosen.counts["false_accepts"]
+    assert int((bottom & in_range).sum()) == chosen.counts["false_rejects"]
+    at = chosen.curve["taus"].index(chosen.tau_infer)
+    assert chosen.curve["fp_cens"][at] == pytest.approx(chosen.false_accept_rate, abs=1e-12)
+    assert chosen.curve["fn_in"][at] == pytest.approx(chosen.false_reject_rate, abs=1e-12)
+
+
+def test_ties_are_rejected_or_accepted_together():
+    """Of three censored rows at one |Q| either all or none are accepted."""
+    q = torch.tensor([0.2, 0.2, 0.2, 0.1, 0.9], dtype=torch.float64)
+    flags = torch.tensor([False, False, False, False, True])
+    assert calibrate(q, flags, split="val", max_false_accept=0.5).tau_infer == math.nextafter(0.2, 1)
+    assert calibrate(q, flags, split="val", max_false_accept=0.75).tau_infer == math.nextafter(0.1, 1)
+
+
+def test_a_whole_number_of_rows_is_allowed_whatever_the_product_rounds_to():
+    """0.29 of 100 rows are 29, although 0.29·100 is below 29."""
+    q = torch.arange(1, 101, dtype=torch.float64) / 100
+    chosen = calibrate(q, torch.ones(100, dtype=torch.bool), split="val", max_false_reject=0.29)
+    assert chosen.counts["false_rejects"] == 29
+
+
+def test_both_bounds_hold_or_the_error_names_what_is_within_reach():
+    """With two bounds the smallest threshold for the first must meet the second."""
+    q = torch.tensor([0.1, 0.2, 0.15, 0.5], dtype=torch.float64)
+    flags = torch.tensor([False, False, True, True])
+    both = {"split": "val", "max_false_accept": 0.0}
+    assert calibrate(q, flags, max_false_reject=0.5, **both).tau_infer == math.nextafter(0.2, 1)
+    with pytest.raises(
+        CalibrationError, match=r"best false-reject rate within reach is 0\.5, at tau_infer=0\.2"
+    ):
+        calibrate(q, flags, max_false_reject=0.4, **both)
+
+
+def test_confidence_leaves_room_for_chance():
+    """Of 59 clean rows, 0 errors just show a rate below 5 % with confidence 95 %; of 58 they do not."""
+    for rows, enough in ((59, True), (58, False)):
+        q = torch.cat([torch.zeros(rows), torch.ones(1)])
+        flags = torch.arange(rows + 1) == rows
+        ask = {"split": "val", "max_false_accept": 0.05, "confidence": 0.95}
+        if enough:
+            assert calibrate(q, flags, **ask).counts["false_accepts"] == 0
+        else:
+            with pytest.raises(
+                CalibrationError, match=r"needs at least 59 rows; the best within reach is 0\.0503"
+            ):
+                calibrate(q, flags, **ask)
+    with pytest.raises(CalibrationError, match="needs a bound above 0"):
+        calibrate(q, flags, split="val", max_false_accept=0.0, confidence=0.9)
+
+
+def test_confidence_allows_what_the_binomial_limit_allows():
+    """The number of allowed errors is the largest whose exact one-sided limit is within the bound."""
+    from scipy.stats import beta
+
+    total, bound, confidence = 400, 0.1, 0.9
+    q = torch.linspace(0.1, 0.9, total, dtype=torch.float64)
+    chosen = calibrate(
+        q, torch.zeros(total, dtype=torch.bool), split="val", max_false_accept=bound, confidence=confidence
+    )
+    errors = chosen.counts["false_accepts"]
+    limits = [beta.ppf(confidence, k + 1, total - k) for k in (errors, errors + 1)]
+    assert limits[0] <= bound < limits[1]
+
+
+def test_the_bound_with_confidence_holds_in_the_population():
+    """Over many splits the true rate exceeds the bound about as rarely as promised."""
+    generator = torch.Generator().manual_seed(0)
+    bound, confidence, exceeded, splits = 0.2, 0.8, 0, 300
+    flags = torch.zeros(60, dtype=torch.bool)
+    for _ in range(splits):
+        q = torch.rand(60, generator=generator, dtype=torch.float64)
+        tau = calibrate(q, flags, split="val", max_false_accept=bound, confidence=confidence).tau_infer
+        exceeded += (1.0 - tau) > bound  # the true false-accept rate of a uniform |Q|
+    assert exceeded / splits <= 1 - confidence + 3 * math.sqrt(0.2 * 0.8 / splits)
+
+
+def test_thresholds_stay_above_the_floor():
+    """Where every censored row has Q = 0 the floor is chosen, rounded to the dtype of |Q|."""
+    q, flags = torch.tensor([0.0, 0.0, 0.5]), torch.tensor([False, False, True])
+    chosen = calibrate(q, flags, split="val", max_false_accept=0.0, tau_min=1e-4)
+    assert chosen.tau_infer == float(np.float32(1e-4))
+    assert chosen.dtype == "float32"
+
+
+def test_the_largest_number_of_a_dtype_cannot_be_rejected():
+    """A censored row at the top of the range makes the bound infeasible, and the error says so."""
+    q = torch.tensor([torch.finfo(torch.float32).max, 0.5])
+    with pytest.raises(CalibrationError, match="no finite tau_infer .* best within reach is 1 at"):
+        calibrate(q, torch.tensor([False, True]), split="val", max_false_accept=0.5, gauge="raw")
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"max_false_accept": None}, ValueError, "needs max_false_accept or max_false_reject, got neither"),
+        ({"max_false_accept": 1.0}, ValueError, r"max_false_accept must be in \[0, 1\), got 1.0"),
+        ({"max_false_accept": math.nan}, ValueError, r"max_false_accept must be in \[0, 1\)"),
+        ({"max_false_reject": -0.1}, ValueError, r"max_false_reject must be in \[0, 1\)"),
+        ({"confidence": 1.0}, ValueError, r"confidence must be in \(0, 1\)"),
+        ({"tau_min": 0.0}, ValueError, "tau_min must be finite and > 0"),
+        ({"tau_min": 1e-60}, ValueError, "must not round to 0 in torch.float32"),
+        ({"gauge": "metric"}, ValueError, "gauge must be one of"),
+        ({"split": ""}, ValueError, "split must be a string that is not empty"),
+    ],
+)
+def test_calibration_refuses_bad_arguments(changes, error, message):
+    """Each refusal names the rule and the value."""
+    with pytest.raises(error, match=message):
+        record(**changes)
+
+
+def test_calibration_needs_rows_of_the_kind_it_bounds():
+    """A rate over no rows is not met but refused."""
+    q = torch.tensor([0.1, 0.2])
+    with pytest.raises(CalibrationError, match="needs censored rows"):
+        calibrate(q, torch.tensor([True, True]), split="val", max_false_accept=0.1)
+    with pytest.raises(CalibrationError, match="needs in-range rows"):
+        calibrate(q, torch.tensor([False, False]), split="val", max_false_reject=0.1)
+
+
+def test_denominators_above_one_are_not_of_the_unit_gauge():
+    """|Q| = 2 cannot come from a unit tuple; it is taken in the raw gauge."""
+    q, flags = torch.tensor([0.1, 2.0]), torch.tensor([False, True])
+    with pytest.raises(GaugeMismatchError, match=r"got 2\.0"):
+        calibrate(q, flags, split="val", max_false_accept=0.0)
+    assert calibrate(q, flags, split="val", max_false_accept=0.0, gauge="raw").gauge == "raw"
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+@given(ROWS, BOUNDS, DTYPES)
+def test_records_survive_json_pickle_and_copy(rows, bound, dtype):
+    """What is read back is equal in every field, and the text is strict JSON."""
+    chosen = calibrate(*split_of(rows, dtype), split="val", max_false_accept=bound)
+    text = chosen.to_json()
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    for again in (
+        CalibrationRecord.from_json(text),
+        pickle.loads(pickle.dumps(chosen)),
+        copy.deepcopy(chosen),
+    ):
+        assert again == chosen
+        assert hash(again) == hash(chosen)
+        assert again.digest == chosen.digest
+
+
+def test_records_say_who_made_them_and_cannot_be_changed():
+    """The version is recorded, and neither fields nor counts can be assigned."""
+    chosen = record()
+    assert chosen.created_by == f"scm-harness {scm.__version__}"
+    assert chosen.schema_version == SCHEMA_VERSION
+    with pytest.raises(AttributeError):
+        chosen.tau_infer = 0.5
+    with pytest.raises(TypeError):
+        chosen.counts["total"] = 0
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("tau_infer", 0.25),
+        ("split", "test"),
+        ("gauge", "raw"),
+        ("data_hash", "0" * 64),
+        ("created_by", "someone else"),
+        ("counts", {**record().counts, "false_accepts": 1}),
+        ("bound", {**record().bound, "max_false_accept": 0.5}),
+        ("digest", "0" * 64),
+    ],
+)
+def test_altered_records_are_refused(field, value):
+    """Every field is covered by the digest."""
+    payload = json.loads(record().to_json())
+    payload[field] = value
+    with pytest.raises(CalibrationError, match="was altered"):
+        CalibrationRecord.from_json(json.dumps(payload))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda p: p.pop("gauge"), r"missing \['gauge'\]"),
+        (lambda p: p.update(colour="red"), r"unknown \['colour'\]"),
+        (lambda p: p.update(schema_version=99), "schema_version must be 1, got 99"),
+        (lambda p: p.pop("schema_name"), "schema 'scm_harness.calibration'"),
+        (lambda p: p.update(tau_infer=-1.0), "tau_infer must be a finite float > 0"),
+        (lambda p: p.update(tau_infer=True), "tau_infer must be a finite float > 0"),
+        (lambda p: p.update(tau_infer=0.1), "tau_infer must be representable in float32"),
+        (lambda p: p.update(dtype="int64"), "dtype must name a floating-point dtype"),
+        (lambda p: p.update(gauge="metric"), "gauge must be one of"),
+        (lambda p: p["counts"].update(total=-1), "counts must be ints >= 0, got total=-1"),
+        (lambda p: p["counts"].pop("total"), "counts must have exactly the entries"),
+        (lambda p: p.update(curve=[]), "curve must have exactly the entries"),
+    ],
+)
+def test_records_that_are_not_whole_are_refused(change, message):
+    """Each refusal names the field."""
+    payload = json.loads(record().to_json())
+    change(payload)
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationRecord.from_json(json.dumps(payload))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "must be JSON"), ("[1]", "must be an object"), ('{"tau_infer": NaN}', "got the literal NaN")],
+)
+def test_text_that_is_no_record_is_refused(text, message):
+    """Broken JSON, other JSON and Python's extension of JSON are errors."""
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationRecord.from_json(text)
+
+
+def test_reports_on_the_calibration_split_are_refused():
+    """By name, and by content where another name is given to the same rows."""
+    chosen = record(data_hash="abc")
+    chosen.check_not_reported_on("test")
+    chosen.check_not_reported_on("test", data_hash="def")
+    with pytest.raises(CalibrationError, match="chosen on split 'val'"):
+        chosen.check_not_reported_on("val")
+    with pytest.raises(CalibrationError, match="holds the very rows of 'val'"):
+        chosen.check_not_reported_on("test", data_hash="abc")
+
+
+def test_the_data_hash_tells_other_rows_apart():
+    """Without a given digest, values and labels are hashed; a tensor is hashed by its content."""
+    q, flags = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([False, True, True])
+    hashes = {
+        calibrate(a, b, split="val", max_false_accept=0.0).data_hash
+        for a, b in ((q, flags), (q + 0.1, flags), (q, flags.flip(0)))
+    }
+    assert len(hashes) == 3
+    inputs = torch.arange(6.0).reshape(2, 3)
+    assert record(data_hash=inputs) == record(data_hash=inputs.clone())
+    assert record(data_hash=inputs).data_hash != record(data_hash=inputs.T).data_hash
+
+
+# --- decoding through a record --------------------------------------------------------------------
+
+
+def test_decoding_uses_the_recorded_threshold():
+    """Rows at the threshold are accepted, one ulp below it they are not."""
+    chosen = record(gauge="raw")
+    edge = torch.tensor(chosen.tau_infer)
+    Q = torch.stack([edge, torch.nextafter(edge, torch.tensor(0.0))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = calibrated_decode(torch.ones(2), Q, chosen, gauge="raw", tau_train=0.5)
+    assert result.bottom_mask.tolist() == [False, True]
+    assert result.gap_mask.tolist() == [True, False]
+
+
+def test_decoding_without_a_record_says_so():
+    """An uncalibrated decoding works with the default or a given threshold, and warns."""
+    P, Q = unit_tuples(torch.tensor([0.5, 1e-3]))
+    with pytest.warns(UncalibratedWarning, match="tau_infer=1e-06, which was not chosen"):
+        assert not calibrated_decode(P, Q, None, gauge="unit").bottom_mask.any()
+    with pytest.warns(UncalibratedWarning, match=r"tau_infer=0\.01"):
+        result = calibrated_decode(P, Q, None, gauge="unit", tau_infer=0.01)
+    assert result.bottom_mask.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_tuples_of_another_gauge_are_refused(kind):
+    """By what the caller says, and by the norms where the caller says unit; bottoms of any gauge pass."""
+    P, Q = unit_tuples(torch.tensor([0.5, 1.0], dtype=torch.float64))
+    zero_and_faults = (torch.tensor([0.0, math.nan, 1.0]), torch.tensor([0.0, 1.0, math.inf]))
+    if kind == "numpy":
+        P, Q = P.numpy(), Q.numpy()
+        zero_and_faults = tuple(part.numpy() for part in zero_and_faults)
+    chosen = record()
+    with pytest.raises(
+        GaugeMismatchError, match="chosen for tuples of gauge 'unit', got tuples of gauge 'raw'"
+    ):
+        calibrated_decode(P, Q, chosen, gauge="raw")
+    with pytest.raises(GaugeMismatchError, match=r"2 of 2 that do not, the first with norm 3"):
+        calibrated_decode(3 * P, 3 * Q, chosen, gauge="unit")
+    assert calibrated_decode(*zero_and_faults, chosen, gauge="unit").bottom_mask.all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: calibrated_decode(torch.ones(1), torch.ones(1), None, gauge="x"), "gauge must be one of"),
+        (
+            lambda: calibrated_decode(torch.ones(1), torch.zeros(1), record(), gauge="unit", tau_infer=0.1),
+            "the record decides tau_infer",
+        ),
+        (
+            lambda: calibrated_decode(torch.ones(2, 2), torch.zeros(2), record(), gauge="unit"),
+            "must have P and Q of one shape",
+        ),
+        (lambda: CalibratedHead(nn.Identity(), record(), gauge="raw"), "got a model of gauge 'raw'"),
+        (lambda: CalibratedHead(nn.Identity(), None, gauge="x"), "gauge must be one of"),
+    ],
+)
+def test_decoding_refuses_bad_arguments(call, message):
+    """Each refusal names the rule."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_calibrated_head_is_its_model_and_its_record():
+    """The head answers decoded values, and warns where nobody chose its threshold."""
+
+    class Circle(nn.Module):
+        def forward(self, angles):
+            return unit_tuples(angles)
+
+    angles = torch.tensor([0.5, 1e-3])
+    head = CalibratedHead(Circle(), record(), gauge="unit")
+    assert head(angles).bottom_mask.tolist() == [False, True]
+    with pytest.warns(UncalibratedWarning):
+        CalibratedHead(Circle(), None, gauge="unit")(angles)
