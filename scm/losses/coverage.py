@@ -80,7 +80,7 @@ def soft_coverage_kernel(
     else:
         count = mask.sum()
         share = count.clamp(min=1).to(Q.dtype).reciprocal()
-        missing = torch.where(count > 0, target, 0.0)
+        missing = (count > 0).to(Q.dtype) * target  # where() would round a plain target to float32
         accepted = torch.where(mask, accepted, 0.0)
     shortfall = (missing - accepted.sum() * share).clamp(min=0)
     loss = shortfall * shortfall
