@@ -104,6 +104,11 @@ class TrainingConfig:
 
     def _check_choices(self) -> None:
         if isinstance(self.gradient_policy, str):
+            known = [policy.value for policy in GradientPolicy]
+            if self.gradient_policy not in known:
+                raise ValueError(
+                    f"gradient_policy must be one of {', '.join(known)}, got {self.gradient_policy!r}"
+                )
             self.gradient_policy = GradientPolicy(self.gradient_policy)
         if self.gradient_policy is not None and not isinstance(self.gradient_policy, GradientPolicy):
             raise TypeError(f"gradient_policy must be a GradientPolicy, got {self.gradient_policy!r}")

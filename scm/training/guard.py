@@ -82,16 +82,19 @@ class StepGuard:
         return None
 
     def _check(self, gradients: Iterable[Tensor], weight: float) -> None:
+        """Raise the flag at the first gradient that is not finite, and divide all of them by `weight`."""
         self._found.zero_()
-        inverse = self._one if weight == 1.0 else torch.full_like(self._one, 1.0 / weight)
         for group in _by_kind(gradients):
-            found, scale = self._found, inverse
-            if group[0].device != found.device:
-                found, scale = found.to(group[0].device), scale.to(group[0].device)
-            # GradScaler's own kernel: one pass that divides, and raises a flag at the first non-finite value.
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, scale)
+            there = group[0].device
+            found = self._found if there == self._found.device else self._found.to(there)
+            # GradScaler's own kernel: one pass over all gradients, where isfinite() takes one call for each.
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, self._one.to(there))
             if found is not self._found:
                 self._found += found.to(self._found.device)
+            if (
+                weight != 1.0
+            ):  # not by the kernel: it multiplies in float32, which float64 gradients would feel
+                torch._foreach_div_(group, weight)
 
     def _waiting_step(self) -> bool:
         bad_loss = bool(self._bad_loss)
