@@ -125,7 +125,7 @@ DOMAINS: dict[str, Domain] = {
             "dose",
             {
                 "learning_rate": Float(2e-3, 2e-2, log=True),
-                "lambda_sign": Float(0.03, 1.0, log=True),
+                "lambda_sign": Float(4.0, 16.0, log=True),
                 "hidden_width": Choice((48, 64)),
                 "batch_size": Choice((64, 128)),
             },

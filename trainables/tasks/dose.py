@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from scm.trial_config import TrialConfig
     from trainables.tasks.protocol import LossFn
 
-SIZES: dict[str, tuple[int, int, int]] = {"quick": (5_000, 1_000, 2_000), "paper": (200_000, 20_000, 30_000)}
+SIZES: dict[str, tuple[int, int, int]] = {"quick": (5_000, 1_000, 4_000), "paper": (200_000, 20_000, 30_000)}
 _CENTRE = (LOG_LOW + LOG_HIGH) / 2
 _STATUS_OF_CLASS = {BELOW: "censored_below", IN_RANGE: "finite", ABOVE: "censored_above"}
 
 # Chosen on validation data. In-range targets span -1.8 to 1.8 units, so a unit-length tuple has |Q| > 0.48
 # there and 0 at a bottom; the threshold lies half-way, in the gap that separates the regimes.
+# lambda_sign has to beat the fit term. That one, sin^2 of the angle, is as content with a bottom at the wrong
+# end of the circle, where its curvature is 2 and that of the orientation term -lambda_sign, halved for flat
+# curves, of which every fourth is labelled above. Below 4 whole trials end with all bottoms on one side
+# (macro-F1 0.54 at three of four seeds for 0.1), and separation weights, which pull to Q = 0 too, add to it.
 SUGGESTED: dict[str, float | int | str] = {
     "learning_rate": 5e-3,
     "lr_schedule": "cosine",
@@ -50,11 +54,9 @@ SUGGESTED: dict[str, float | int | str] = {
     "tau_train_min": 0.25,
     "tau_train_max": 0.25,
     "tau_infer": 0.25,
-    "tau_bottom": 0.05,
-    "tau_finite": 0.45,
-    "lambda_sign": 0.1,
-    "lambda_push_down": 1.0,
-    "lambda_push_up": 1.0,
+    "lambda_sign": 6.0,
+    "lambda_margin": 0.0,
+    "lambda_rej": 0.0,
     "target_coverage": 0.3,
 }
 
@@ -133,7 +135,7 @@ class DoseTask:
         return scores
 
     def calls(self, decoded: Decoded) -> Tensor:
-        """Call each curve 0 below, 1 inside or 2 above: by |Q| < tau_infer and the sign of P; -1 for faults."""
+        """Call curves 0 below, 1 in range or 2 above, by |Q| < tau_infer and the sign of P; faults are -1."""
         called = torch.where(decoded.bottom, _side(decoded), IN_RANGE)
         return torch.where(decoded.fault, -1, called)
 
