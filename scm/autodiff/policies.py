@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -253,7 +253,7 @@ def gate_gradients(x: Tensor, bottom: Tensor, policy: GradientPolicy | Tensor) -
     bottom: bool, the shape of `x`. policy: a GradientPolicy or an integer tensor of `POLICY_CODES` that
     broadcasts against `x`. Works inside ``torch.func`` transforms.
     """
-    if isinstance(policy, Tensor) or _is_transformed():
+    if isinstance(policy, Tensor) or is_transformed():
         codes = policy if isinstance(policy, Tensor) else torch.tensor(POLICY_CODES[_check_policy(policy)])
         gated: Tensor = _Gate.apply(x, bottom, codes)
         return gated
@@ -313,10 +313,10 @@ def _gated(members: tuple[Tensor, ...], tau: float | Tensor | None) -> tuple[Ten
     if setting is not None and setting.policy is not None:
         bottom = _bottom_of([x.detach() for x in members], setting.tau if tau is None else tau)
         return tuple(gate_gradients(x, _reduced_like(bottom, x), setting.policy) for x in members)
-    if _is_transformed() or not any(x.requires_grad for x in members):
+    if is_transformed() or not any(x.requires_grad for x in members):
         return members
     gate = _LateGate([x.detach() for x in members], tau)
-    _LOCAL.gates.add(gate)
+    remember_late_gate(gate)
     return tuple(gate.on(x) for x in members)
 
 
@@ -332,7 +332,7 @@ def _reduced_like(bottom: Tensor, x: Tensor) -> Tensor:
 
 
 class _LateGate:
-    """A gate whose policy is known when ``backward()`` runs."""
+    """A gate of the losses whose policy is known when ``backward()`` runs."""
 
     __slots__ = ("__weakref__", "members", "setting", "tau", "thread")
 
@@ -361,9 +361,20 @@ class _LateGate:
         return apply_policy_tensor(gradient, _reduced_like(bottom, gradient), setting.policy)
 
 
+class LateGate(Protocol):
+    """A hook that opening and leaving contexts tell of, by its attribute `setting` (None: no context)."""
+
+    setting: Any
+
+
+def remember_late_gate(gate: LateGate) -> None:
+    """Have the contexts of this thread write into `gate` for as long as something else keeps it alive."""
+    _LOCAL.gates.add(gate)
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.gates: weakref.WeakSet[_LateGate] = weakref.WeakSet()
+        self.gates: weakref.WeakSet[LateGate] = weakref.WeakSet()
 
 
 _LOCAL = _Local()
@@ -374,6 +385,7 @@ def _tell_late_gates(setting: _Setting | None) -> None:
         gate.setting = setting
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
+    """Say whether a ``torch.func`` transform surrounds the caller, where hooks do not run."""
     # The check that torch.autograd.Function.apply itself makes.
     return torch._C._are_functorch_transforms_active()

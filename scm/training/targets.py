@@ -114,9 +114,9 @@ def lift_targets(targets: Any) -> tuple[Any, Any]:
         direction = torch.where(targets == -torch.inf, -1, 1).to(targets.dtype)
         return torch.where(finite, targets, direction), finite.to(targets.dtype)
     if isinstance(targets, np.ndarray):
-        finite = np.isfinite(targets)
-        direction = np.where(targets == -np.inf, -1, 1).astype(targets.dtype)
-        return np.where(finite, targets, direction), finite.astype(targets.dtype)
+        is_number = np.isfinite(targets)
+        fill = np.where(targets == -np.inf, -1, 1).astype(targets.dtype)
+        return np.where(is_number, targets, fill), is_number.astype(targets.dtype)
     raise TypeError(f"targets must be a torch.Tensor or numpy.ndarray, got {type(targets).__name__}")
 
 
@@ -141,9 +141,8 @@ def lift_semantic_targets(targets: Any, status_labels: Any) -> SemanticTargets:
     unknown words and shapes that differ. Labels of other types are a TypeError.
     """
     if isinstance(targets, np.ndarray):
-        lifted = lift_semantic_targets(torch.from_numpy(np.ascontiguousarray(targets)), status_labels)
-        shape = targets.shape
-        return SemanticTargets(*(field.numpy().reshape(shape) for field in lifted._fields()))
+        lifted = lift_semantic_targets(torch.from_numpy(np.array(targets)), status_labels)
+        return SemanticTargets(*(field.numpy() for field in lifted._fields()))
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a torch.Tensor or numpy.ndarray, got {type(targets).__name__}")
     codes = _integer_codes(status_labels)
@@ -189,7 +188,7 @@ def _tables(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 def _integer_codes(labels: Any) -> Tensor | None:
     """Return integer labels as a tensor, or None when they are not an integer tensor or array."""
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
-        return torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))
+        return torch.from_numpy(np.array(labels, dtype=np.int64))
     if isinstance(labels, Tensor):
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"status_labels must be words or integer codes, got dtype {labels.dtype}")
