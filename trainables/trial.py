@@ -207,8 +207,9 @@ class TrialRun:
                 )
         if self._trainer is None:  # the trial failed at its start, here and now, and stays so
             return
-        self._trainer.load_checkpoint(folder / "trainer.pt")
-        self._epochs = self._trainer.epochs()
+        if (folder / "trainer.pt").is_file():  # a trial that failed at its start has none
+            self._trainer.load_checkpoint(folder / "trainer.pt")
+            self._epochs = self._trainer.epochs()
         for name, attribute in _SAVED.items():
             setattr(self, attribute, state[name])
 

@@ -144,6 +144,23 @@ def test_finished_trial_is_loaded_as_finished(task: TableTask, tmp_path: Path) -
     assert json.dumps(again.outcome()) == json.dumps(outcome)
 
 
+def test_failed_start_is_loaded_as_failed_and_fails_again_where_it_is_loaded(
+    task: TableTask, tmp_path: Path
+) -> None:
+    """Neither a good nor a bad state turns a failure into something else."""
+    broken = Altered(task, build_model=raising)
+    TrialRun(broken, SHORT, 0).save(tmp_path / "bad")
+    run = TrialRun(task, SHORT, 0)
+    run.load(tmp_path / "bad")
+    assert (run.done, run.outcome()["status"]) == (True, "failed")
+    run = TrialRun(task, SHORT, 0)
+    run.step()
+    run.save(tmp_path / "good")
+    run = TrialRun(broken, SHORT, 0)
+    run.load(tmp_path / "good")
+    assert (run.done, run.outcome()["status"]) == (True, "failed")
+
+
 @pytest.mark.parametrize("other", [{"seed": 2}, {"config": {"max_epochs": 2}}], ids=["seed", "config"])
 def test_state_of_another_trial_is_refused(task: TableTask, other: dict[str, Any], tmp_path: Path) -> None:
     """A checkpoint is not poured into a trial that it does not belong to."""
