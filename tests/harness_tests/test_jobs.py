@@ -19,7 +19,9 @@ NAN = float("nan")
 class ListProposer:
     """Batches from a list of worths; a learning one remembers what it was told, in order."""
 
-    def __init__(self, batches: list[list[float]], seeds: tuple[int, ...] = (0, 1), waits: bool = True) -> None:
+    def __init__(
+        self, batches: list[list[float]], seeds: tuple[int, ...] = (0, 1), waits: bool = True
+    ) -> None:
         self.waits = waits
         self.told: list[tuple[int, list[tuple[str, str, int]]]] = []
         self._seeds = seeds

@@ -27,15 +27,30 @@ def problems(tmp_path: Path, text: str) -> list[str]:
     ("text", "expected"),
     [
         (HEAD + "space: [optimizer]\nserch: {}\n", ["3:1: unknown key 'serch', did you mean 'search'?"]),
-        (HEAD + "space: [optimizer]\nsearch: {confgs: 3}\n", ["3:10: unknown key 'search.confgs', did you mean"]),
+        (
+            HEAD + "space: [optimizer]\nsearch: {confgs: 3}\n",
+            ["3:10: unknown key 'search.confgs', did you mean"],
+        ),
         (HEAD + "space: [optimiser]\n", ["2:9: unknown space 'optimiser' (did you mean 'optimizer'?)"]),
         (HEAD, ["1:1: 'space' is missing"]),
         ("", ["1:1: plan: a plan is a mapping with at least `task` and `space`"]),
-        (HEAD + "space: [optimizer]\nseeds: [1, 1]\n", ["3:8: seeds must differ from one another, got [1, 1]"]),
+        (
+            HEAD + "space: [optimizer]\nseeds: [1, 1]\n",
+            ["3:8: seeds must differ from one another, got [1, 1]"],
+        ),
         (HEAD + "space: [optimizer]\nseeds: []\n", ["3:8: seeds: list should have at least 1 item"]),
-        (HEAD + "space: [optimizer]\nsearch: {configs: 0}\n", ["3:19: search.configs: input should be greater"]),
-        (HEAD + "space: [optimizer]\nsearch: {configs: '3'}\n", ["3:19: search.configs: input should be a valid"]),
-        (HEAD + "space: [optimizer]\nconfig: {max_epoch: 3}\n", ["3:10: unknown knob 'max_epoch', did you mean"]),
+        (
+            HEAD + "space: [optimizer]\nsearch: {configs: 0}\n",
+            ["3:19: search.configs: input should be greater"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nsearch: {configs: '3'}\n",
+            ["3:19: search.configs: input should be a valid"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nconfig: {max_epoch: 3}\n",
+            ["3:10: unknown knob 'max_epoch', did you mean"],
+        ),
         (HEAD + "space: [optimizer]\nconfig: {max_epochs: 0}\n", ["3:22: max_epochs must be >= 1"]),
         (HEAD + "space: [optimizer]\nconfig: {max_epochs: 2.5}\n", ["3:22: max_epochs must be of type int"]),
         (
@@ -46,15 +61,24 @@ def problems(tmp_path: Path, text: str) -> list[str]:
             HEAD + "space:\n  tau_infer: {type: float, low: 1e-2, high: 1e-3, log: true}\n",
             ["3:14: tau_infer: low must be < high"],
         ),
-        (HEAD + "space:\n  optimizer: {type: choice, options: []}\n", ["3:14: optimizer: options must not be empty"]),
+        (
+            HEAD + "space:\n  optimizer: {type: choice, options: []}\n",
+            ["3:14: optimizer: options must not be empty"],
+        ),
         (HEAD + "space: {}\n", ["2:8: "]),
         (HEAD + "space:\n  lr: {type: float, low: 1e-4, high: 1e-2}\n", ["3:7: unknown knob 'lr'"]),
-        (HEAD + "space: [optimizer]\nhalving: {rungs: [3, 2]}\n", ["3:18: halving.rungs: rungs must increase"]),
+        (
+            HEAD + "space: [optimizer]\nhalving: {rungs: [3, 2]}\n",
+            ["3:18: halving.rungs: rungs must increase"],
+        ),
         (
             HEAD + "space: [optimizer]\nhalving: {rungs: [1], metric: val_los}\n",
             ["3:31: no epoch reports 'val_los', did you mean 'val_loss'?"],
         ),
-        (HEAD + "space: [optimizer]\nranking: {by: [test_coverage]}\n", ["3:16: configs are chosen on the validation"]),
+        (
+            HEAD + "space: [optimizer]\nranking: {by: [test_coverage]}\n",
+            ["3:16: configs are chosen on the validation"],
+        ),
         (
             HEAD + "space: [optimizer]\nsearch: {objectives: [coverage]}\n",
             ["3:23: an objective must be better when lower", "3:22: scalarisation 'lexicographic' needs"],
@@ -104,7 +128,9 @@ def test_orders_between_knobs_hold_even_where_the_space_does_not_name_them(
     write_plan: Callable[..., Path],
 ) -> None:
     """A space that varies one threshold alone draws only configs that a training accepts."""
-    plan = load_plan(write_plan(space={"tau_train_max": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True}}))
+    plan = load_plan(
+        write_plan(space={"tau_train_max": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True}})
+    )
     space = plan_space(plan)
     for u in (0.0, 0.3, 1.0):
         config = space.sample([u])

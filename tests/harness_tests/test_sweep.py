@@ -1,0 +1,166 @@
+"""Sweeps from plan to ranked rows, on a Ray of two CPUs in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cli.main import main
+from harness.errors import EXIT_NOTHING_COMPLETED, EXIT_OK, EXIT_RUN_FOLDER
+from harness.plan import load_plan, plan_digest
+from harness.sweep import run_sweep
+from reports.history import read_history
+from reports.rows import read_rows
+from reports.schema import missing_columns
+
+# What may differ between two runs of one plan: clocks, places, and the run itself.
+OF_THE_RUN = {"run_id", "step_time_ms", "duration_s", "started_at", "node_id", "hostname", "commit"}
+
+OWN_TASK = """
+import os
+import signal
+
+from trainables.tasks.dose import make_dose_task
+
+
+def failing(params):
+    task = make_dose_task({})
+    build = task.build_model
+
+    def build_model(config):
+        if config.learning_rate > params["limit"]:
+            raise RuntimeError("this model cannot be built")
+        return build(config)
+
+    task.build_model = build_model
+    return task
+
+
+def killing(params):
+    task = make_dose_task({})
+    build = task.build_model
+
+    def build_model(config):
+        flag = params["flag"]
+        if params["always"] or not os.path.exists(flag):
+            open(flag, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return build(config)
+
+    task.build_model = build_model
+    return task
+"""
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    """The rows in a fixed order, without what may differ, NaN written as text so that it equals itself."""
+    rows = sorted(read_rows(run).to_pylist(), key=lambda row: row["trial_id"])
+    return [
+        {
+            name: "NaN" if isinstance(value, float) and math.isnan(value) else value
+            for name, value in row.items()
+            if name not in OF_THE_RUN
+        }
+        for row in rows
+    ]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_sweep_from_the_command_line(
+    write_plan: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every trial is a row with every column, its history is there, the ranking is printed and written."""
+    plan, out = write_plan(), tmp_path / "runs" / "out"
+    assert main(["sweep", str(plan), "--out", str(out), "--top", "2"]) == EXIT_OK
+    said = capsys.readouterr()
+    assert said.out.startswith("4 configs")
+    assert "8/8 trials" in said.err
+    rows = read_rows(out)
+    assert len(rows) == 8
+    assert missing_columns(rows) == []
+    assert set(rows.column("status").to_pylist()) == {"completed"}
+    assert set(rows.column("epochs").to_pylist()) == {4}
+    assert len(set(rows.column("data_digest").to_pylist())) == 1
+    assert set(rows.column("plan_digest").to_pylist()) == {plan_digest(load_plan(plan))}
+    assert None not in rows.column("node_id").to_pylist()
+    assert None not in rows.column("started_at").to_pylist()
+    assert sorted(rows.column("config.hidden_width").to_pylist()) == [8] * 8
+    history = read_history(out)
+    assert len(history) == 8 * 4
+    assert plan_digest(load_plan(out / "plan.yaml")) == plan_digest(load_plan(plan))
+    assert json.loads((out / "provenance.json").read_text())["run_id"] == rows.column("run_id")[0].as_py()
+    assert (out / "leaderboard.parquet").is_file()
+    assert main(["sweep", str(plan), "--out", str(out)]) == EXIT_RUN_FOLDER
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"algorithm": "random", "configs": 6, "batch": 3},
+        {"algorithm": "tpe", "configs": 6, "batch": 2, "startup": 2},
+    ],
+    ids=["random", "tpe"],
+)
+def test_rows_do_not_depend_on_how_many_run_at_once(
+    search: dict[str, Any], write_plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One trial at a time or two, with halving: the same rows, clocks apart."""
+    halving = {"rungs": [1, 2], "eta": 2}
+    for concurrent in (1, 2):
+        plan = write_plan(search=search, halving=halving, resources={"max_concurrent": concurrent})
+        run_sweep(load_plan(plan), tmp_path / f"out{concurrent}")
+    one, two = comparable(tmp_path / "out1"), comparable(tmp_path / "out2")
+    assert one == two
+    assert {row["status"] for row in one} == {"completed", "stopped"}
+    assert {row["epochs"] for row in one} == {1, 2, 4}
+    assert all(row["stop_reason"] == f"halving at epoch {row['epochs']}" for row in one if row["epochs"] < 4)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_task_that_raises_is_a_row(write_plan: Callable[..., Path], tmp_path: Path) -> None:
+    """A config whose model cannot be built fails with its message; the others are ranked before it."""
+    (tmp_path / "own_failing_task.py").write_text(OWN_TASK, encoding="utf-8")
+    plan = write_plan(
+        task={"name": "own_failing_task:failing", "limit": 5e-3},
+        space={"learning_rate": {"type": "choice", "options": [1e-3, 1e-2]}},
+        search={"algorithm": "grid", "configs": 2},
+        config={"max_epochs": 1},
+    )
+    out = tmp_path / "out"
+    assert main(["sweep", str(plan), "--out", str(out)]) == EXIT_OK
+    rows = read_rows(out).to_pylist()
+    assert len(rows) == 4
+    for row in rows:
+        failed = row["config.learning_rate"] > 5e-3
+        assert (row["status"] == "failed") == failed
+        assert ("this model cannot be built" in row["error"]) == failed
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("always", [False, True])
+def test_a_worker_that_is_killed_costs_no_row(
+    always: bool, write_plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A trial whose process died runs again; one that dies every time is a failed row with the reason."""
+    (tmp_path / "own_killing_task.py").write_text(OWN_TASK, encoding="utf-8")
+    plan = write_plan(
+        task={"name": "own_killing_task:killing", "flag": str(tmp_path / "killed"), "always": always},
+        space={"learning_rate": {"type": "choice", "options": [1e-3]}},
+        search={"algorithm": "grid", "configs": 1},
+        config={"max_epochs": 1},
+        resources={"retries": 1},
+        seeds=[0],
+    )
+    out = tmp_path / "out"
+    assert main(["sweep", str(plan), "--out", str(out)]) == (EXIT_NOTHING_COMPLETED if always else EXIT_OK)
+    (row,) = read_rows(out).to_pylist()
+    assert row["status"] == ("failed" if always else "completed")
+    assert (tmp_path / "killed").exists()
+    if always:
+        assert "lost 2 times" in row["error"]
