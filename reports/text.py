@@ -18,14 +18,16 @@ WIDTH = 120
 GAP = "  "
 INDENT = " " * 13  # under the config's id, so that its knobs read as a part of it
 DEFAULT_METRICS = (SHORTFALL, "accepted_error", "step_time_ms")
+KNOBS_IN_TABLE = 6  # more than that below every config would bury the numbers; the best one alone shows them
 
 
 def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
     """What `reports.ranking.rank` returned, as lines of at most 120 columns, the last without a newline.
 
     First what was run and how it was ranked, then the `top` best configs (all for None), each with mean ± std
-    over seeds, and with the knobs that are not the same in every config; then the configs that were ruled out
-    (`top` of them), each with its reason. What is left out is counted. Ids and names are never cut.
+    over seeds; the knobs that are not the same in every config stand below each config, or, when there are
+    many, below the table for the best one. Then the configs that were ruled out (`top` of them), each with
+    its reason. What is left out is counted. Ids and names are never cut.
     """
     if len(table) == 0:
         return "no configs"
@@ -35,8 +37,12 @@ def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
     ruled_out = table.filter(pc.invert(table.column("feasible")))
     lines = [*_summary(table, len(feasible)), ""]
     if len(feasible):
-        lines += _table(feasible.slice(0, top), _shown_metrics(table), _varying_knobs(table))
+        knobs = _varying_knobs(table)
+        few = len(knobs) <= KNOBS_IN_TABLE
+        lines += _table(feasible.slice(0, top), _shown_metrics(table), knobs if few else [])
         lines += _left_out(len(feasible), top, "more configs in the leaderboard")
+        if not few and top != 0:
+            lines += ["", *_knobs_of(feasible.slice(0, 1).to_pylist()[0], knobs)]
     else:
         lines.append("no config is feasible")
     if len(ruled_out):
@@ -105,6 +111,12 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
             if said:
                 lines += _wrap(" ".join(said), first=INDENT, rest=INDENT)
     return lines
+
+
+def _knobs_of(entry: dict[str, Any], knobs: list[str]) -> list[str]:
+    """The knobs of one config in full, named by its rank and id."""
+    said = " ".join(_knob(name, entry[name]) for name in knobs if entry[name] is not None)
+    return [f"config {entry['config_id']} (rank {entry['rank']}):", *_wrap(said, first="    ", rest="    ")]
 
 
 def _shown_metrics(table: pa.Table) -> list[str]:
