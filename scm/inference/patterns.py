@@ -39,8 +39,9 @@ def decode_strict_censored_3way(
     before both. Faults without a signal are class 1, "nothing known", with bottom_mask set.
 
     Masks or provenance codes of an earlier decoding (for instance with validity factors) are added to what is
-    found here. Unlike zeroproofml 0.6.1 a quotient that overflows is a bottom, and a mask that is passed in
-    also reaches `bottom_mask` and `decoded`.
+    found here. Unlike zeroproofml 0.6.1 a quotient that overflows is a bottom, a mask that is passed in also
+    reaches `bottom_mask` and `decoded`, and direction logits, which an input that broke the tuple broke as
+    well, have no say at faults.
     """
     if numerator.shape != denominator.shape:
         raise ValueError(

@@ -193,7 +193,7 @@ def test_thresholds_stay_above_the_floor():
 def test_the_largest_number_of_a_dtype_cannot_be_rejected():
     """A censored row at the top of the range makes the bound infeasible, and the error says so."""
     q = torch.tensor([torch.finfo(torch.float32).max, 0.5])
-    with pytest.raises(CalibrationError, match="no finite tau_infer .* best within reach is 1 at"):
+    with pytest.raises(CalibrationError, match=r"no finite tau_infer .* best within reach is 1 at"):
         calibrate(q, torch.tensor([False, True]), split="val", max_false_accept=0.5, gauge="raw")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 
 import mpmath
 import numpy as np
@@ -57,7 +59,7 @@ def rational(numerator, denominator, **kwargs):
 
 
 def test_multihead_gives_the_recorded_tuples_and_capabilities(vector_group):
-    """P, the shared Q and the answer to every threshold are those recorded, whatever the construction of Q."""
+    """P, the shared Q and the answer to every threshold are those recorded."""
     cases = vector_group("projective_rational_multihead")
     assert cases
     for case in cases:
@@ -222,7 +224,7 @@ def test_a_bad_row_leaves_the_gradients_of_the_others_alone():
 
 
 def test_passthrough_reaches_bottoms_where_the_surrogate_is_asked_for():
-    """With the surrogate PASSTHROUGH moves coefficients at |Q| < epsilon, by the gradient of P over ±epsilon."""
+    """With the surrogate PASSTHROUGH moves coefficients at bottoms, by the gradient of P over ±epsilon."""
     x = tensor([1.0, -1.0])
     grads = {}
     for policy in GradientPolicy:
@@ -252,6 +254,18 @@ def test_default_policy_is_the_registered_one_with_and_without_policies():
         results.append(layer.numerator.grad)
     assert torch.equal(results[0], results[1])
     assert torch.allclose(results[0], tensor([1 / 0.75, 0.5 / 0.75]))
+
+
+def test_a_context_around_backward_reaches_the_threads_that_compute_gradients():
+    """As on CUDA, where hooks run on other threads: the forward thread's context counts while it is open."""
+    for context, expected in ((gradient_policy(GradientPolicy.REJECT), 0.0), (None, 1.0)):
+        layer = rational([1.0], [1.0])
+        y, _ = layer(tensor([2.0]))
+        worker = threading.Thread(target=y.sum().backward)
+        with context or contextlib.nullcontext():
+            worker.start()
+            worker.join()
+        assert layer.numerator.grad.item() == expected
 
 
 @given(st.permutations(range(6)))

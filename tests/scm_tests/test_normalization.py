@@ -48,7 +48,7 @@ def test_norm_marks_features_without_spread_and_masked_entries():
 
 
 def test_norm_sums_in_float64_where_asked_to_be_deterministic():
-    """A float32 column with a large mean keeps its shape, and every order of its rows gives the same values."""
+    """A float32 column with a large mean keeps its shape, and every order of rows gives the same values."""
     x = (torch.arange(1000.0) % 7 + 1e5).unsqueeze(1)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     y, _ = SCMNorm()(x)
