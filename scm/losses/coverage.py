@@ -27,7 +27,7 @@ def rejection_loss(
     """
     check_share("target_coverage", target_coverage)
     policy = get_policy("rejection_loss") if policy is None else policy
-    shortfall = (target_coverage - 1.0 + _bottom_share(is_bottom)).clamp(min=0)
+    shortfall = (target_coverage - (1.0 - _bottom_share(is_bottom))).clamp(min=0)
     if policy is GradientPolicy.REJECT:
         return torch.zeros_like(shortfall)
     return shortfall * shortfall

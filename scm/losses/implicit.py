@@ -83,9 +83,14 @@ def _implicit(
         turn = dot / torch.addcmul(p * p, q, q)  # 0/0 at the origin, which lies above the floor
         by_p = torch.where(is_floor, turn * q, torch.addcmul(d, ratio * n_side, y, value=-1))
         by_q = torch.where(is_floor, turn * p, torch.addcmul(y, ratio * d_side, d))
+    # The cross product comes last: it may be denormal, and no product before it is.
+    weight = (2 * share) / denominator
+    slope_p, slope_q = in_given_units(weight * by_p, scale), in_given_units(weight * by_q, scale)
+    if is_negligible(gamma):  # at the origin an infinite slope would meet a cross product of 0
+        slope_p, slope_q = _bounded(slope_p, slope_p), _bounded(slope_q, slope_q)
     gradients = (
-        as_rows_of(_bounded(in_given_units(ratio * (2 * share) * by_p, scale), P), mask, P),
-        as_rows_of(_bounded(in_given_units(ratio * (-2 * share) * by_q, scale), Q), mask, Q),
+        as_rows_of(_bounded(slope_p * cross, P), mask, P),
+        as_rows_of(_bounded(slope_q * -cross, Q), mask, Q),
     )
     return Reduced(loss, gradients)
 

@@ -91,6 +91,8 @@ def _weighted_sum(
             if slope is not None:
                 gradients[i] = _plus(gradients[i], slope, weight)
     assert total is not None
+    if total is parts[0]:  # the part will be marked as one without a gradient, the total must not be
+        total = total.clone()
     return Reduced(total, gradients, parts)
 
 

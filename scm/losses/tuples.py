@@ -1,7 +1,7 @@
 """Units in which the arithmetic of tuples neither overflows nor vanishes.
 
 Squares and products of float32 magnitudes fit into float64 with room to spare, so types below it are simply
-widened. Float64 tuples are divided by their larger member.
+widened. Float64 tuples are divided by the power of two below their larger member.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def safe_pair(first: Tensor, second: Tensor, *, wide: bool, at_least: float | Te
         scale = torch.maximum(scale, at_least)
     elif at_least > 0:
         scale = scale.clamp(min=at_least)
+    scale = scale.log2().floor().clamp(max=1023).exp2()  # a power of two, so that scaling rounds nothing
     return Pair(first / scale, second / scale, scale, 1.0)
 
 
