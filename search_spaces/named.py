@@ -88,7 +88,8 @@ _NAMED = (
             # An angular head gives tuples of unit length whatever is asked for.
             "tuple_norm": Choice(("unit", "none"), when={"head": ("pattern", "multihead")}),
             "q_anchor": Choice(("none", "ones"), when=_MULTIHEAD),
-            "q_param": Choice(("none", "softplus"), when=_MULTIHEAD),
+            # A raw positive denominator may never get below tau_infer: such a model could not say bottom.
+            "q_param": Choice(("none", "softplus"), when={**_MULTIHEAD, "tuple_norm": ("unit",)}),
             "q_min": Float(1e-6, 1e-1, log=True, when={**_MULTIHEAD, "q_param": ("softplus",)}),
             "numerator_degree": Int(1, 5, when=_MULTIHEAD),
             "denominator_degree": Int(1, 4, when=_MULTIHEAD),

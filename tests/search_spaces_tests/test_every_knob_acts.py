@@ -95,9 +95,10 @@ def differs(left: tuple[list[Tensor], Tensor, Tensor], right: tuple[list[Tensor]
 def settings(space: Space, knob: str) -> dict[str, Any]:
     """A config in which the knob is active: every condition on the way to it holds."""
     config = {**BASE, **BESIDE.get(knob, {})}
-    for parent, values in space.domains[knob].when.items():
-        config |= settings(space, parent) | {parent: values[0]}
-    return config
+    when = space.domains[knob].when
+    for parent in when:
+        config |= settings(space, parent)
+    return config | {parent: values[0] for parent, values in when.items()}
 
 
 @pytest.mark.parametrize("name, knob", KNOBS_IN_SPACES, ids=[knob for _, knob in KNOBS_IN_SPACES])
@@ -114,6 +115,17 @@ def test_every_value_of_a_knob_trains_otherwise(name, knob):
     assert len(results) >= 2
     for left, right in itertools.combinations(results, 2):
         assert differs(results[left], results[right]), f"{knob}={left!r} and {knob}={right!r} train alike"
+
+
+@pytest.mark.parametrize("draw", range(40))
+def test_every_draw_trains_a_model_that_can_say_bottom(draw):
+    """No config of the default space is refused by the trainer or diverges on this problem at once."""
+    space = SPACES["default"].with_fixed({"max_epochs": 1})
+    generator = torch.Generator().manual_seed(draw)
+    config = space.sample(
+        torch.rand(len(space.dimensions), generator=generator, dtype=torch.float64).tolist()
+    )
+    outcome(config)
 
 
 def test_the_problem_holds_what_knobs_act_on():
