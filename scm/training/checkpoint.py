@@ -6,6 +6,7 @@ before anything of it is used.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import tempfile
@@ -67,8 +68,10 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     target = Path(path)
     if not target.is_file():
         raise FileNotFoundError(f"no checkpoint at {target}")
+    held = target.read_bytes()
     try:
-        content = torch.load(target, map_location=map_location, weights_only=True)
+        # From memory: torch reads a cut file with errors of the system, which would pass for the disk's own.
+        content = torch.load(io.BytesIO(held), map_location=map_location, weights_only=True)
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,

@@ -157,9 +157,10 @@ class StepGuard:
 
 def clip_by_norm(gradients: Sequence[Tensor], limit: float) -> None:
     """Scale all gradients in place so that the norm of them together is at most `limit`; never waits."""
-    norms = [torch.stack(torch._foreach_norm(group)) for group in _by_kind(gradients)]
+    # In float64, where squares of float32 gradients do not overflow: a norm of inf would clip them to 0.
+    norms = [torch.stack(torch._foreach_norm(group, 2, dtype=torch.float64)) for group in _by_kind(gradients)]
     home = norms[0].device
-    total = torch.linalg.vector_norm(torch.cat([norm.to(home, torch.float64) for norm in norms]))
+    total = torch.linalg.vector_norm(torch.cat([norm.to(home) for norm in norms]))
     factor = (limit / (total + 1e-12)).clamp(max=1.0)
     for group in _by_kind(gradients):
         torch._foreach_mul_(group, factor.to(group[0].device, group[0].dtype))

@@ -37,7 +37,6 @@ _HISTORIES = ("train_history", "val_history", "bench_history")
 
 def trainer_state(trainer: SCMTrainer) -> dict[str, Any]:
     """Return everything a checkpoint holds, as tensors and plain values."""
-    loader = trainer.train_loader
     return {
         "identity": _identity(trainer),
         "model": trainer.model.state_dict(),
@@ -48,7 +47,7 @@ def trainer_state(trainer: SCMTrainer) -> dict[str, Any]:
         "controllers": {name: held.state_dict() for name, held in trainer.controllers.items()},
         "random": trainer._random.state(),
         "tau_generator": trainer._tau_generator.get_state(),
-        "loader": loader.state_dict() if _keeps_its_place(loader) else trainer._loader_start,
+        "loader": _loader_state(trainer),
         "progress": {name: getattr(trainer, name) for name in _PLAIN},
         "gradients": _gradients(trainer) if trainer._group_count else {},
         "epoch_table": trainer._records.table().cpu(),
@@ -141,6 +140,19 @@ def _keeps_its_place(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
+def _loader_state(trainer: SCMTrainer) -> dict[str, Any]:
+    loader = trainer.train_loader
+    if _keeps_its_place(loader):
+        state: dict[str, Any] = loader.state_dict()  # type: ignore[attr-defined]
+        return state
+    return trainer._loader_start or _epoch_begin(loader, trainer._random)
+
+
+def _epoch_begin(loader: Iterable[Any], random: OwnRandomState) -> dict[str, Any]:
+    """Return what the order of an epoch that begins now would come from."""
+    return {"random": random.state(), "generators": [held.get_state() for held in _generators(loader)]}
+
+
 def replayed(
     loader: Iterable[Any], random: OwnRandomState, start: dict[str, Any] | None, position: int
 ) -> tuple[dict[str, Any], Iterator[Any]]:
@@ -150,24 +162,25 @@ def replayed(
     trained are read and passed over, so that a shuffling DataLoader gives the same order and the rows that
     were left. Raises CheckpointError when the loader has fewer batches.
     """
+    if start is None:
+        return _epoch_begin(loader, random), iter(loader)
     generators = _generators(loader)
-    if not position or start is None:
-        begun = {"random": random.state(), "generators": [held.get_state() for held in generators]}
-        return begun, iter(loader)
     if len(start["generators"]) != len(generators):
         saved = len(start["generators"])
         raise CheckpointError(f"the loader must have {saved} generators as saved, got {len(generators)}")
-    now = random.state()
-    random.put(start["random"])
     for held, state in zip(generators, start["generators"], strict=True):
         held.set_state(state.cpu())
+    now = random.state()
+    if position:
+        random.put(start["random"])
     iterator = iter(loader)
     for read in range(position):
         if next(iterator, None) is None:
             raise CheckpointError(
                 f"the loader ended after {read} batches, the saved epoch had reached {position}"
             )
-    random.put(now)
+    if position:
+        random.put(now)
     return start, iterator
 
 
