@@ -97,7 +97,4 @@ def check_share(name: str, value: float | Tensor) -> None:
 
 
 def _bottom_share(is_bottom: Tensor) -> Tensor:
-    is_bottom = is_bottom.detach()
-    if not is_bottom.numel():
-        return is_bottom.sum(dtype=torch.float32)
-    return is_bottom.mean(dtype=torch.float32)
+    return is_bottom.detach().sum(dtype=torch.float32) / max(is_bottom.numel(), 1)

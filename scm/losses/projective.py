@@ -53,4 +53,6 @@ def _sine_squared(
 
 def loss_dtype(P: Tensor, Q: Tensor) -> torch.dtype:
     """Return the dtype of a loss of P and Q: theirs, but at least float32."""
+    if P.dtype == Q.dtype == torch.float32:
+        return torch.float32
     return torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)

@@ -176,8 +176,8 @@ def _pulled_back(ctx: Any, upstream: Tensor | None, gradients: Sequence[Tensor |
 def mean_over(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
     """Return the mean of `values` over the rows of `mask` (0 over no rows), and what one row weighs in it."""
     if mask is None:
-        count = values.numel()
-        return (values.mean(), 1.0 / count) if count else (values.sum(), 1.0)
+        one = 1.0 / max(values.numel(), 1)
+        return values.sum() * one, one
     share = mask.sum().clamp(min=1).to(values.dtype).reciprocal()
     return torch.where(mask, values, 0.0).sum() * share, share
 
