@@ -25,8 +25,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from harness.environment import ray_session
 from harness.plan import ResourcesSection, load_plan
@@ -342,7 +344,7 @@ def _render_domain(result: Mapping[str, Any], size: str) -> list[str]:
     for name, values in test.items():
         note = ""
         if name == domain.values[0]:
-            trivial = f"{fmean(test[domain.trivial]):.4g}" if domain.trivial in test else domain.trivial
+            trivial = f"{np.mean(test[domain.trivial]):.4g}" if domain.trivial in test else domain.trivial
             note = f"   {domain.peer_value:g} ({domain.peer}) / {trivial}"
         lines.append(f"{result['task']:<6} {name:<34} {_summary(values, name in rising)}{note}")
     for label, variant in result["variants"].items():
@@ -356,9 +358,10 @@ def _render_domain(result: Mapping[str, Any], size: str) -> list[str]:
 
 
 def _summary(values: Sequence[float], rising: bool) -> str:
-    spread = stdev(values) if len(values) > 1 else math.nan
+    # NumPy's, because the ones of `statistics` raise for nan.
+    spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
     worst = math.nan if any(map(math.isnan, values)) else min(values) if rising else max(values)
-    return f"{fmean(values):>11.4g} {spread:>9.2g} {worst:>11.4g}"
+    return f"{np.mean(values):>11.4g} {spread:>9.2g} {worst:>11.4g}"
 
 
 def _fixed(domain: Domain, amount: Amount) -> dict[str, Any]:
