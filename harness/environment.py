@@ -97,6 +97,8 @@ def ray_session(resources: ResourcesSection, address: str | None) -> Iterator[Se
     import ray
 
     joined = ray.is_initialized()
+    if joined and address not in (None, ray.get_runtime_context().gcs_address):
+        raise UserError(f"this process uses another Ray already, not the one at {address}", EXIT_ENVIRONMENT)
     scratch = Path(tempfile.mkdtemp(prefix="scm-", dir=short_temp_dir()))
     try:
         with environment(TUNE_SETTINGS):

@@ -72,8 +72,10 @@ class SearchProposer:
         return config_id({**self._identity, **active_or_all(config)})
 
     def _tell(self, cohort: int) -> None:
+        # Only a search that does not learn draws ahead, and may draw again what still runs in another batch.
         names = self._batches.pop(cohort)
-        self._searcher.tell([(name, self._objectives[identity]) for name, identity in names.items()])
+        known = [(name, self._objectives.get(identity)) for name, identity in names.items()]
+        self._searcher.tell([(name, objective) for name, objective in known if objective is not None])
 
 
 def make_plan_searcher(plan: Plan) -> Searcher:

@@ -74,7 +74,12 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
             display.tick()
 
         tally.start()
-        finished = run_segments(board, pack, session, plan.resources, on_event=on_event)
+        try:
+            finished = run_segments(board, pack, session, plan.resources, on_event=on_event)
+        except OSError as error:
+            raise UserError(f"run folder {out} cannot be written: {error}", EXIT_RUN_FOLDER) from None
+        if finished:
+            tally.total = tally.done  # a space may hold fewer configs than were asked for
         return SweepResult(out, tally.done, interrupted=not finished)
 
 

@@ -75,7 +75,12 @@ def run_segments(
         ),
     )
     with quiet_tune(), terminate_as_interrupt():
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception:
+            if link.failure is not None:  # Tune wraps what its callbacks raise into text
+                raise link.failure from None
+            raise
     return board.finished
 
 
@@ -84,7 +89,8 @@ class DriverLink:
 
     def __init__(self, board: JobBoard, pack: PackSegment, on_event: Callable[[], None]) -> None:
         self.board = board
-        self.on_event = on_event
+        self.failure: Exception | None = None
+        self._on_event = on_event
         self._pack = pack
         self._segments: dict[str, tuple[Segment, Parcel]] = {}
 
@@ -103,15 +109,30 @@ class DriverLink:
         if report.outcome is not None:
             del self._segments[tune_id]
             parcel.state = None  # Tune keeps every trial's config to the end of the run
-        self.board.reported(segment, report)
-        self.on_event()
+        with self._kept_failure():
+            self.board.reported(segment, report)
+            self._on_event()
 
     def lost(self, tune_id: str, error: str) -> None:
         """Tell the board that a segment ended without an outcome."""
         found = self._segments.pop(tune_id, None)
-        if found is not None:
-            self.board.lost(found[0], error)
-        self.on_event()
+        with self._kept_failure():
+            if found is not None:
+                self.board.lost(found[0], error)
+            self._on_event()
+
+    def tick(self) -> None:
+        """A turn of Tune's loop has passed."""
+        with self._kept_failure():
+            self._on_event()
+
+    @contextmanager
+    def _kept_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failure = error
+            raise
 
     def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
         return object, ()
@@ -155,7 +176,7 @@ class DriverCallback(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """A turn of Tune's loop: lets the display move and waiting rows be written."""
-        self._link.on_event()
+        self._link.tick()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
@@ -184,6 +205,9 @@ class WarmActorScheduler(FIFOScheduler):
     def __init__(self, actors: int) -> None:
         super().__init__()
         self._actors = actors
+
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        """None: Tune then takes what is pending in its order, without a walk over all trials so far."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict) -> None:
         """Raise the cache's limit once; where Tune has no such cache, batches only start slower."""

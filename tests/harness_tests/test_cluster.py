@@ -56,7 +56,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_trials_run_on_both_nodes_and_a_lost_node_costs_no_row(
     cluster: Any, write_plan: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Both nodes write rows; with one removed in mid-run the rest runs on the other, each trial exactly once."""
+    """Both nodes write rows; with one removed in mid-run the other runs the rest, each trial exactly once."""
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     (tmp_path / "own_slow_task.py").write_text(SLOW_TASK, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ctrl-C from outside: the process ends soon, keeps its rows, says how to go on, and leaves nothing behind."""
+"""Signals from outside: the process ends soon, keeps its rows and says how to go on."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ WORTHS = [[0.5, 0.1, 0.9, 0.3], [0.2, 0.8], [0.7, 0.6, 0.4]]
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("halving", [True, False])
 def test_results_do_not_depend_on_workers_or_order(halving: bool, waits: bool) -> None:
-    """One worker or five, in whatever order they finish, losing segments or not: the same ends, told alike."""
+    """One worker or five, in whatever order they finish, losing segments or not: the same ends."""
     reference, told, _ = run_board(WORTHS, halving=halving, waits=waits)
     for seed in range(20):
         ended, proposer, _ = run_board(
@@ -202,7 +202,7 @@ def test_a_lost_segment_runs_again_from_its_own_start() -> None:
 
 
 def test_a_search_that_learns_waits_for_the_batch() -> None:
-    """The next batch is drawn when all of this one has ended; a search that does not learn fills idle workers."""
+    """The next batch is drawn when all of this one has ended; other searches fill idle workers with it."""
     for waits, first_batches in ((True, {0}), (False, {0, 1})):
         board = JobBoard(
             ListProposer([[0.1], [0.2]], seeds=(0,), waits=waits),

@@ -59,7 +59,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Learning search, halving and two seeds: what was written stays, the rest is added, no trial runs twice."""
+    """Learning search, halving, two seeds: what was written stays, the rest is added, no trial runs twice."""
     plan = str(
         write_plan(
             search={"algorithm": "tpe", "configs": 6, "batch": 3, "startup": 3},

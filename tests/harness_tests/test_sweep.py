@@ -12,7 +12,9 @@ import pytest
 
 from harness.cli.main import main
 from harness.errors import EXIT_NOTHING_COMPLETED, EXIT_OK, EXIT_RUN_FOLDER
+from harness.jobs import EndedTrial
 from harness.plan import load_plan, plan_digest
+from harness.sink import RunSink
 from harness.sweep import run_sweep
 from reports.history import read_history
 from reports.rows import read_rows
@@ -102,8 +104,8 @@ def test_a_sweep_from_the_command_line(
 @pytest.mark.parametrize(
     "search",
     [
-        {"algorithm": "random", "configs": 6, "batch": 3},
-        {"algorithm": "tpe", "configs": 6, "batch": 2, "startup": 2},
+        pytest.param({"algorithm": "random", "configs": 6, "batch": 3}, marks=pytest.mark.slow),
+        {"algorithm": "tpe", "configs": 6, "batch": 3, "startup": 2},
     ],
     ids=["random", "tpe"],
 )
@@ -122,6 +124,7 @@ def test_rows_do_not_depend_on_how_many_run_at_once(
     assert all(row["stop_reason"] == f"halving at epoch {row['epochs']}" for row in one if row["epochs"] < 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_task_that_raises_is_a_row(write_plan: Callable[..., Path], tmp_path: Path) -> None:
     """A config whose model cannot be built fails with its message; the others are ranked before it."""
@@ -142,6 +145,7 @@ def test_a_task_that_raises_is_a_row(write_plan: Callable[..., Path], tmp_path: 
         assert ("this model cannot be built" in row["error"]) == failed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("always", [False, True])
 def test_a_worker_that_is_killed_costs_no_row(
@@ -164,3 +168,29 @@ def test_a_worker_that_is_killed_costs_no_row(
     assert (tmp_path / "killed").exists()
     if always:
         assert "lost 2 times" in row["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_disk_that_fails_ends_the_sweep_with_one_line(
+    write_plan: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row that cannot be written stops the run with exit code 4; rows before it stay, and it can go on."""
+    write = RunSink.write
+    plan, out = write_plan(), tmp_path / "out"
+
+    def write_twice(self: RunSink, ended: EndedTrial) -> None:
+        if len(list((out / "rows").glob("*.parquet"))) and len(read_rows(out)) >= 2:
+            raise OSError(28, "No space left on device")
+        write(self, ended)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunSink, "write", write_twice)
+        assert main(["sweep", str(plan), "--out", str(out)]) == EXIT_RUN_FOLDER
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert len(read_rows(out)) == 2
+    assert main(["sweep", str(plan), "--out", str(out), "--resume"]) == EXIT_OK
+    assert len(read_rows(out)) == 8
