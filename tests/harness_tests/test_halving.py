@@ -25,29 +25,25 @@ def play(values, *, rungs=(1, 3, 9), eta=3, mode="min", order=None, leaves=None,
     board = RungBoard(rungs, eta, mode)
     board.open_cohort(0, values)
     epochs = dict.fromkeys(values, 0)
-    running, stopped = set(values), set()
+    waiting, over = set(), set()
     leaves = leaves or {}
     moves = itertools.count()
 
     def follow(decisions):
         for decision in decisions:
             key = (decision.config_id, decision.seed)
+            (waiting.add if decision.action == "wait" else waiting.discard)(key)
             if decision.action == "stop":
-                stopped.add(key)
-                running.discard(key)
-            elif decision.action == "wait":
-                running.discard(key)
-            elif key not in stopped and epochs[key] < LAST_EPOCH and not gone(key):
-                running.add(key)
+                over.add(key)
 
-    def gone(key):
-        return key in leaves and epochs[key] >= leaves[key][0]
+    def ends(key):
+        return epochs[key] == LAST_EPOCH or (key in leaves and epochs[key] >= leaves[key][0])
 
-    while running:
-        ready = sorted(running)
+    # A trial may end, or fail, while it waits for the others: sooner or later, as `order` has it.
+    while ready := sorted(key for key in values if key not in over and (key not in waiting or ends(key))):
         key = ready[order(len(ready)) if order else 0]
-        if gone(key) or epochs[key] == LAST_EPOCH:
-            running.discard(key)
+        if ends(key):
+            over.add(key)
             value = leaves[key][1] if key in leaves else values[key](LAST_EPOCH)
             follow(board.leave(0, *key, value))
             continue
@@ -57,9 +53,6 @@ def play(values, *, rungs=(1, 3, 9), eta=3, mode="min", order=None, leaves=None,
             state = json.loads(json.dumps(board.state_dict(), allow_nan=False))
             board = RungBoard(rungs, eta, mode)
             board.load_state_dict(state)
-    for key in leaves:
-        if gone(key) and key not in stopped:
-            board.leave(0, *key, leaves[key][1])
     return epochs, board
 
 
