@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def _typed(name: str, knob: Knob, value: Any) -> Any:
     if not isinstance(value, right) or (isinstance(value, bool) and knob.type != "bool"):
         also = " or None" if knob.optional else ""
         raise TypeError(f"{name} must be of type {knob.type}{also}, got {name}={value!r}")
-    if knob.type != "float":
+    if not isinstance(value, (int, float)) or knob.type != "float":
         return value
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {name}={value!r}")
@@ -189,7 +189,7 @@ def _knobs() -> dict[str, Knob]:
         words = str(item.type).replace(" ", "").split("|")
         made[item.name] = Knob(
             type=words[0],
-            default=item.default,
+            default=cast(Any, item.default),
             optional="None" in words,
             choices=item.metadata["choices"],
             active_when=item.metadata["active_when"],

@@ -118,12 +118,12 @@ class TrainingConfig:
             self.device = torch.device(self.device)
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise TypeError(f"seed must be an int or None, got seed={self.seed!r}")
-        for name, known in (
+        for name, choices in (
             ("scheduler_cadence", SCHEDULER_CADENCES),
             ("accumulation_weighting", ACCUMULATION_WEIGHTINGS),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     def identity(self) -> dict[str, Any]:
         """Return, as plain values, the fields that change what a step does.

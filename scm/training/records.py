@@ -28,6 +28,23 @@ _PENDING_ELEMENTS = 2**20  # outputs held back at most, in elements
 _COLUMNS = ("loss", "tau", "rows", "samples", "bottoms", "abs_min", "abs_sum", "abs_count", "bad_outputs")
 
 
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch says when it is over.
+
+    train, val: metrics, exact over the epoch's samples; `val` (names begin with "val_") is None without
+    validation. bench: milliseconds a batch. nan_counts: since the training began. status: "running", or how
+    the training ended with this epoch: "completed", "stopped", "diverged".
+    """
+
+    epoch: int
+    train: dict[str, float]
+    val: dict[str, float] | None
+    bench: dict[str, float | int]
+    nan_counts: dict[str, int]
+    status: str
+
+
 @dataclass
 class _Pending:
     loss: Tensor

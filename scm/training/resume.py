@@ -77,8 +77,9 @@ def put_trainer_state(trainer: SCMTrainer, content: Mapping[str, Any]) -> None:
         setattr(trainer, name, content["progress"][name])
     for name in _HISTORIES:
         setattr(trainer, name, list(content["histories"][name]))
-    if _keeps_its_place(trainer.train_loader):
-        trainer.train_loader.load_state_dict(content["loader"])
+    loader: Any = trainer.train_loader
+    if _keeps_its_place(loader):
+        loader.load_state_dict(content["loader"])
     else:
         trainer._loader_start = content["loader"]
     _put_gradients(trainer, content["gradients"])
@@ -141,9 +142,9 @@ def _keeps_its_place(loader: Any) -> bool:
 
 
 def _loader_state(trainer: SCMTrainer) -> dict[str, Any]:
-    loader = trainer.train_loader
+    loader: Any = trainer.train_loader
     if _keeps_its_place(loader):
-        state: dict[str, Any] = loader.state_dict()  # type: ignore[attr-defined]
+        state: dict[str, Any] = loader.state_dict()
         return state
     return trainer._loader_start or _epoch_begin(loader, trainer._random)
 

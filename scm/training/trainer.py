@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +28,9 @@ from scm.training.gap import perturbed_threshold
 from scm.training.guard import StepGuard, count_non_finite
 from scm.training.objective import as_trainer_loss
 from scm.training.random_state import OwnRandomState, unmoved_random_state
-from scm.training.records import EpochRecords, counts_of, epoch_metrics, row_metrics
+from scm.training.records import EpochRecords, EpochReport, counts_of, epoch_metrics, row_metrics
 from scm.training.resume import load_model_weights, put_trainer_state, replayed, trainer_state
+from scm.training.schedule import step_after_epoch, usable_scheduler
 from scm.training.validation import Reducer, validate_model
 from scm.utils.logging import metric_log_record
 
@@ -40,23 +39,6 @@ __all__ = ["EpochReport", "SCMTrainer", "TrainingConfig"]
 KEPT_THRESHOLDS = 1024
 NAN_KINDS = ("loss", "gradient", "output", "parameter")
 _END = object()
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What one epoch says when it is over.
-
-    train, val: metrics, exact over the epoch's samples; `val` (names begin with "val_") is None without
-    validation. bench: milliseconds a batch. nan_counts: since the training began. status: "running", or how
-    the training ended with this epoch: "completed", "stopped", "diverged".
-    """
-
-    epoch: int
-    train: dict[str, float]
-    val: dict[str, float] | None
-    bench: dict[str, float | int]
-    nan_counts: dict[str, int]
-    status: str
 
 
 class SCMTrainer:
@@ -94,7 +76,9 @@ class SCMTrainer:
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.train_loader = train_loader
-        self.scheduler = scheduler
+        self.scheduler = usable_scheduler(
+            scheduler, self.config.scheduler_cadence, validates=self.config.val_loader is not None
+        )
         self.controllers: dict[str, Any] = {}  # by name; anything with state_dict and load_state_dict
         if hasattr(loss_fn, "state_dict") and hasattr(loss_fn, "load_state_dict"):
             self.controllers["loss_fn"] = loss_fn
@@ -107,7 +91,7 @@ class SCMTrainer:
         self.amp_dtype = self._amp_dtype()
         scaled = self.amp_dtype is torch.float16
         self.scaler = torch.amp.GradScaler("cuda") if scaled else None
-        follows_steps = scheduler is not None and self.config.scheduler_cadence == "per_optimizer_update"
+        follows_steps = self.scheduler is not None and self.config.scheduler_cadence == "per_optimizer_update"
         self._guard = StepGuard(
             optimizer,
             self.device,
@@ -115,7 +99,6 @@ class SCMTrainer:
             scaler=self.scaler,
             host_must_know=follows_steps,
         )
-        self._check_scheduler()
         self._random = OwnRandomState(self.config.seed, self.device)
         self._tau_generator = generator(self.config.seed or 0, "tau")
         self._clock = StepClock(self.device)
@@ -153,23 +136,6 @@ class SCMTrainer:
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"mixed_precision needs a cpu or cuda device, got {self.device}")
         return self.config.amp_dtype if self.device.type == "cuda" else torch.bfloat16
-
-    def _check_scheduler(self) -> None:
-        plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        cadence = self.config.scheduler_cadence
-        if plateau and cadence != "per_validation_metric":
-            warnings.warn(
-                f"ReduceLROnPlateau is stepped per_validation_metric only, not {cadence}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            self.scheduler = None
-        if (
-            cadence == "per_validation_metric"
-            and self.scheduler is not None
-            and self.config.val_loader is None
-        ):
-            raise ValueError("scheduler_cadence='per_validation_metric' needs a val_loader")
 
     # --- running ------------------------------------------------------------------------------------
 
@@ -217,7 +183,7 @@ class SCMTrainer:
         self._count_epoch()
         train = {**epoch_metrics(self._epoch_table), "lr": self._learning_rate()}
         val = None if self.nan_counts["parameter"] else self.validate()
-        self._step_scheduler_after_epoch(val)
+        step_after_epoch(self.scheduler, self.config.scheduler_cadence, val)
         self._judge(epoch, train, val)
         bench = self._clock.end_epoch(epoch)
         self.train_history.append({**train, "epoch": float(epoch)})
@@ -411,19 +377,6 @@ class SCMTrainer:
         val = {f"val_{name}": value for name, value in metrics.items()}
         val["epoch"] = float(self.current_epoch)
         return val
-
-    def _step_scheduler_after_epoch(self, val: dict[str, float] | None) -> None:
-        cadence = self.config.scheduler_cadence
-        if self.scheduler is None:
-            return
-        if cadence == "per_epoch":
-            self.scheduler.step()
-        elif cadence == "per_validation_metric" and val is not None:
-            if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                # What it minimises is the loss; asked to maximise, it can only mean coverage.
-                self.scheduler.step(val["val_loss" if self.scheduler.mode == "min" else "val_coverage"])
-            else:
-                self.scheduler.step()
 
     def _judge(self, epoch: int, train: dict[str, float], val: dict[str, float] | None) -> None:
         """Note the best epoch, and end the training if it has diverged or covers too little for too long."""
