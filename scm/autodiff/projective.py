@@ -13,9 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SQUARES_VANISH = 1.5e-162
-"""Members below this have squares that are 0 in float64; their tuple counts as (0, 0)."""
-
 StopGradient = Callable[[Tensor], Tensor]
 
 
@@ -68,14 +65,14 @@ class ProjectiveNormalize:
         """Return the representative, in the shapes and dtypes given."""
         if self.policy is GaugePolicy.CANONICAL_DENOMINATOR:
             return numerator, denominator
-        # hypot neither overflows nor vanishes, but has no derivative at (0, 0): there it is given another tuple.
-        is_zero = torch.maximum(numerator.abs(), denominator.abs()) < SQUARES_VANISH
-        norm = torch.hypot(torch.where(is_zero, 1.0, numerator), denominator)
-        if self.gamma:
-            norm = norm + self.gamma
+        # The square root has no derivative at 0; the zero tuple takes another branch, not a nan.
+        squared = _wide(numerator).square() + _wide(denominator).square()
+        is_zero = squared == 0
+        norm = torch.where(is_zero, 1.0, squared).sqrt()
+        norm = torch.where(is_zero, 1.0, norm + self.gamma)
         if self.stop_gradient is not None:
             norm = self.stop_gradient(norm)
-        return torch.where(is_zero, 0.0, numerator / norm), torch.where(is_zero, 0.0, denominator / norm)
+        return tuple(torch.where(is_zero, 0.0, _divide(member, norm)) for member in (numerator, denominator))  # type: ignore[return-value]
 
 
 def _norm(numerator: Tensor, denominator: Tensor) -> Tensor:
