@@ -23,7 +23,7 @@ from trainables.tasks.rf_data import (
     peak_scores,
     response,
 )
-from trainables.tasks.shared_denominator import row_fit_loss, unit_rows
+from trainables.tasks.shared_denominator import row_fit_loss, row_fit_training_loss, unit_rows
 from trainables.trial import run_trial
 
 _VECTORS = Path(__file__).parents[1] / "scm_tests" / "data" / "vectors_scm.json"
@@ -230,3 +230,23 @@ def test_the_other_structures_train_to_their_end(structure: str) -> None:
     assert outcome["status"] == "completed", outcome["error"]
     assert history[-1]["loss"] < history[0]["loss"]
     assert not math.isnan(outcome["test_metric.charged_extrapolation_mse"])
+
+
+def test_the_objective_of_a_pack_is_that_of_its_members() -> None:
+    """Vectorised over models, the row fit and its constraints give each model the gradients it gets alone."""
+    split = make_rf_task(SMALL).splits(0)["train"]
+    x, targets = split.inputs[:32], split.targets.index(slice(0, 32))
+    loss_fn = row_fit_training_loss(CONFIG, weight_cap=4.0)
+    torch.manual_seed(0)
+    models = [Resonator(8, 1) for _ in range(3)]
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        outputs = torch.func.functional_call(models[0], parameters, (x,))
+        return loss_fn(outputs, (targets.Y_n, targets.Y_d), tau=1e-4, semantic_targets=targets)
+
+    single = [torch.func.grad(loss)(dict(model.named_parameters())) for model in models]
+    stacked, _ = torch.func.stack_module_state(models)
+    packed = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for number, gradients in enumerate(single):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(packed[name][number], gradient, rtol=1e-4, atol=1e-6)
