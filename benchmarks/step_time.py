@@ -162,7 +162,7 @@ def run_cases(
     peer: ModuleType, peer_losses: ModuleType, device: torch.device, *, quick: bool
 ) -> list[Comparison]:
     """Measure both cases on one device."""
-    steps, rounds = (20, 7) if quick else (60, 25)
+    steps, rounds = (20, 7) if quick else (30, 41)
     rows = steps * BATCH_SIZE
     made = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 4, generator=made)

@@ -66,6 +66,9 @@ def put_trainer_state(trainer: SCMTrainer, content: Mapping[str, Any]) -> None:
     trainer.optimizer.load_state_dict(content["optimizer"])
     if trainer.scheduler is not None:
         trainer.scheduler.load_state_dict(content["scheduler"])
+        if content["progress"]["optimizer_steps"]:
+            # Torch warns of a schedule that steps before the optimizer ever did; it did, in another process.
+            trainer.optimizer._opt_called = True  # type: ignore[attr-defined]
     if trainer.scaler is not None:
         trainer.scaler.load_state_dict(content["scaler"])
     trainer._guard.load_state_dict(content["guard"])

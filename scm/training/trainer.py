@@ -183,7 +183,8 @@ class SCMTrainer:
         self._count_epoch()
         train = {**epoch_metrics(self._epoch_table), "lr": self._learning_rate()}
         val = None if self.nan_counts["parameter"] else self.validate()
-        step_after_epoch(self.scheduler, self.config.scheduler_cadence, val)
+        if self.optimizer_steps:  # no schedule moves before the first step
+            step_after_epoch(self.scheduler, self.config.scheduler_cadence, val)
         self._judge(epoch, train, val)
         bench = self._clock.end_epoch(epoch)
         self.train_history.append({**train, "epoch": float(epoch)})
@@ -320,7 +321,8 @@ class SCMTrainer:
         return taken
 
     def _after_batch(self, epoch: int, *, refused: bool) -> None:
-        if self.config.scheduler_cadence == "per_batch" and self.scheduler is not None and not refused:
+        by_batch = self.config.scheduler_cadence == "per_batch" and self.optimizer_steps and not refused
+        if self.scheduler is not None and by_batch:
             self.scheduler.step()
         hook = self.config.log_hook
         if hook is not None and self.global_step % self.config.log_interval == 0:

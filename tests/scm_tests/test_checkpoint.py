@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -186,6 +186,16 @@ def train_interrupted(settings: dict[str, Any], path: Path, after: int) -> dict[
     return train_to_the_end(resumed)
 
 
+DEFAULTS: dict[str, Any] = {
+    "optimizer": "adam",
+    "scheduler": "exponential",
+    "accumulation": 2,
+    "amp": False,
+    "policy": None,
+    "loader": "resident",
+    "seed": 5,
+}
+
 CHOICES = st.fixed_dictionaries(
     {
         "optimizer": st.sampled_from(sorted(OPTIMIZERS)),
@@ -206,6 +216,7 @@ def check_resumption(choices: dict[str, Any], after: int, folder: Path) -> None:
     assert_equal(train_interrupted(choices, folder / "c.pt", after), expected)
 
 
+@example(choices={**DEFAULTS, "accumulation": 1}, after=6)  # nothing is left of the epoch but its end
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choices=CHOICES, after=AFTER)
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -216,24 +227,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choices=CHOICES, after=AFTER)
 def test_interrupted_and_resumed_equals_uninterrupted_widely(
     choices: dict[str, Any], after: int, tmp_path: Path
 ) -> None:
     """Many combinations of what has state."""
     check_resumption(choices, after, tmp_path)
-
-
-DEFAULTS: dict[str, Any] = {
-    "optimizer": "adam",
-    "scheduler": "exponential",
-    "accumulation": 2,
-    "amp": False,
-    "policy": None,
-    "loader": "resident",
-    "seed": 5,
-}
 
 
 @pytest.mark.parametrize("loader", ["resident", "list", "own generator", "global generator"])
