@@ -152,9 +152,10 @@ def test_a_worker_that_is_killed_costs_no_row(
     always: bool, write_plan: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A trial whose process died runs again; one that dies every time is a failed row with the reason."""
-    (tmp_path / "own_killing_task.py").write_text(OWN_TASK, encoding="utf-8")
+    module = f"own_killing_task_{always}"
+    (tmp_path / f"{module}.py").write_text(OWN_TASK, encoding="utf-8")
     plan = write_plan(
-        task={"name": "own_killing_task:killing", "flag": str(tmp_path / "killed"), "always": always},
+        task={"name": f"{module}:killing", "flag": str(tmp_path / "killed"), "always": always},
         space={"learning_rate": {"type": "choice", "options": [1e-3]}},
         search={"algorithm": "grid", "configs": 1},
         config={"max_epochs": 1},

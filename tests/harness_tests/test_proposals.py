@@ -1,0 +1,108 @@
+"""From a search to trials: every seed of every config, each config once, and what the search is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.environment import trials_on_node
+from harness.jobs import EndedTrial, TrialSpec
+from harness.objectives import Objective
+from harness.plan import ResourcesSection, load_plan
+from harness.proposals import SearchProposer
+from trainables.configs import KNOB_TYPES
+
+
+def end(spec: TrialSpec, **outcome: Any) -> EndedTrial:
+    good = {
+        "status": "completed",
+        "coverage": 0.9,
+        "target_coverage": 0.95,
+        "accepted_error": 1.0,
+        "nan_count": 0,
+    }
+    return EndedTrial(spec, good | outcome, {})
+
+
+def test_every_config_with_every_seed_and_every_knob(write_plan: Callable[..., Path]) -> None:
+    """A batch is configs times seeds, and a trial's config names every knob."""
+    proposer = SearchProposer(load_plan(write_plan(seeds=[3, 5])))
+    first, second = proposer.next_batch(), proposer.next_batch()
+    assert proposer.next_batch() == []
+    assert [spec.cohort for spec in first + second] == [0] * 4 + [1] * 4
+    assert [spec.seed for spec in first] == [3, 5, 3, 5]
+    assert len({spec.trial_id for spec in first + second}) == 8
+    assert set(first[0].config) == set(KNOB_TYPES)
+
+
+def test_configs_that_differ_in_inert_knobs_are_trained_once(write_plan: Callable[..., Path]) -> None:
+    """Momentum does nothing under adam: four points of the grid are two configs."""
+    space = {
+        "momentum": {"type": "choice", "options": [0.1, 0.9]},
+        "learning_rate": {"type": "choice", "options": [1e-3, 1e-2]},
+    }
+    plan = load_plan(
+        write_plan(space=space, search={"algorithm": "grid", "configs": 4, "batch": 1}, seeds=[0])
+    )
+    proposer = SearchProposer(plan)
+    drawn = []
+    while batch := proposer.next_batch():
+        drawn += batch
+    assert sorted(spec.config["learning_rate"] for spec in drawn) == [1e-3, 1e-2]
+
+
+def test_the_identity_of_a_config_is_its_task_and_its_active_knobs(write_plan: Callable[..., Path]) -> None:
+    """Another task, or another value of a knob that acts, is another config; the search's seed is not."""
+    one = SearchProposer(load_plan(write_plan()))
+    config = one.next_batch()[0].config
+    other_search = SearchProposer(load_plan(write_plan(search={"configs": 2, "seed": 9})))
+    other_task = SearchProposer(load_plan(write_plan(task={"name": "dose"})))
+    assert other_search.config_id(config) == one.config_id(config)
+    assert other_task.config_id(config) != one.config_id(config)
+    assert one.config_id({**config, "beta1": 0.5}) != one.config_id(config)
+    assert one.config_id({**config, "momentum": 0.5}) == one.config_id(config)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "feasible"),
+    [
+        ({}, True),
+        ({"accepted_error": float("nan")}, False),
+        ({"status": "diverged"}, False),
+        ({"status": "failed"}, False),
+        ({"nan_count": 1}, False),
+    ],
+)
+def test_one_bad_seed_is_told_to_the_search(
+    outcome: dict[str, Any], feasible: bool, write_plan: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search hears of every config of a batch, and one bad seed makes a config a bad one."""
+    proposer = SearchProposer(load_plan(write_plan(search={"algorithm": "tpe", "configs": 4, "batch": 2})))
+    assert proposer.waits
+    told: dict[str, Objective] = {}
+    monkeypatch.setattr(proposer._searcher, "tell", lambda results: told.update(results))
+    batch = proposer.next_batch()
+    ended = {spec.trial_id: end(spec, **(outcome if spec is batch[-1] else {})) for spec in batch}
+    proposer.batch_ended(0, ended)
+    good, judged = told.values()
+    assert good.feasible
+    assert judged.feasible == feasible
+    assert good.values == (pytest.approx(0.05), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("has", "asks", "fits"),
+    [
+        ({"CPU": 2.0}, {"cpus_per_trial": 1}, 2),
+        ({"CPU": 2.0}, {"cpus_per_trial": 0.1}, 20),
+        ({"CPU": 2.0}, {"cpus_per_trial": 3}, 0),
+        ({"CPU": 16.0}, {"cpus_per_trial": 1, "gpus_per_trial": 1}, 0),
+        ({"CPU": 16.0, "GPU": 1.0}, {"cpus_per_trial": 1, "gpus_per_trial": 0.25}, 4),
+    ],
+)
+def test_how_many_trials_a_node_holds(has: dict[str, float], asks: dict[str, float], fits: int) -> None:
+    """The scarcer of CPUs and GPUs decides."""
+    assert trials_on_node(has, ResourcesSection(**asks)) == fits  # type: ignore[arg-type]
