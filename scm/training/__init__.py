@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.gap import perturbed_threshold
+from scm.training.sampler import AdaptiveSampler, AdaptiveSamplerConfig
 from scm.training.targets import SemanticTargets, lift_semantic_targets, lift_targets
 from scm.training.trainer import EpochReport, SCMTrainer, TrainingConfig
 
 __all__ = [
+    "AdaptiveSampler",
+    "AdaptiveSamplerConfig",
     "EpochReport",
     "LinearRamp",
     "LossWeightsCurriculum",
