@@ -42,7 +42,8 @@ class SearchProposer:
             names = self._batches[cohort] = {}
             specs: list[TrialSpec] = []
             for drawn in configs:
-                full = full_config(drawn)
+                # A fixed knob holds for every config, also where the space would not have drawn it.
+                full = full_config({**self._plan.config, **drawn})
                 identity = self.config_id(full)
                 names[config_id(drawn)] = identity
                 if identity not in self._known:

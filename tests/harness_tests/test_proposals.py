@@ -38,6 +38,18 @@ def test_every_config_with_every_seed_and_every_knob(write_plan: Callable[..., P
     assert set(first[0].config) == set(KNOB_TYPES)
 
 
+def test_a_fixed_knob_holds_for_every_config(write_plan: Callable[..., Path]) -> None:
+    """The target asked for is every config's, also of those whose coverage term does not train towards it."""
+    plan = write_plan(
+        space=["coverage_targets"],
+        config={"target_coverage": 0.6, "max_epochs": 1},
+        search={"algorithm": "random", "configs": 8, "batch": 8},
+    )
+    specs = SearchProposer(load_plan(plan)).next_batch()
+    assert {spec.config["coverage_term"] for spec in specs} == {"soft", "hard"}
+    assert {spec.config["target_coverage"] for spec in specs} == {0.6}
+
+
 def test_configs_that_differ_in_inert_knobs_are_trained_once(write_plan: Callable[..., Path]) -> None:
     """Momentum does nothing under adam: four points of the grid are two configs."""
     space = {
