@@ -45,7 +45,7 @@ _STATUS_OF_CLASS = {BELOW: "censored_below", IN_RANGE: "finite", ABOVE: "censore
 # lambda_sign has to beat the fit term. That one, sin^2 of the angle, is as content with a bottom at the wrong
 # end of the circle, where its curvature is 2 and that of the orientation term -lambda_sign, halved for flat
 # curves, of which every fourth is labelled above. Below 4, whole trials end with all bottoms on one side
-# (macro-F1 0.41 to 0.57 at three of four seeds with 0.1 and separation weights of 1, which pull to Q = 0 too).
+# (macro-F1 0.41-0.57 at three of four seeds with 0.1 and separation weights of 1, which pull to Q = 0 too).
 SUGGESTED: dict[str, float | int | str] = {
     "learning_rate": 5e-3,
     "lr_schedule": "cosine",
