@@ -73,6 +73,7 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
             tally.running = board.running
             display.tick()
 
+        display.say(opening_line(plan, out, session.concurrency, len(written)))
         tally.start()
         try:
             finished = run_segments(board, pack, session, plan.resources, on_event=on_event)
@@ -81,6 +82,13 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
         if finished:
             tally.total = tally.done  # a space may hold fewer configs than were asked for
         return SweepResult(out, tally.done, interrupted=not finished)
+
+
+def opening_line(plan: Plan, out: Path, concurrency: int, written: int) -> str:
+    """What a sweep is about to do, in one line."""
+    what = f"{plan.search.configs} configs ({plan.search.algorithm}) x {len(plan.seeds)} seeds"
+    kept = f", {written} trials there already" if written else ""
+    return f"{out.name}: {what}, {concurrency} at once, into {out}{kept}"
 
 
 def check_data(plan: Plan) -> dict[int, str]:
