@@ -41,7 +41,7 @@ def imported_roots(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_along_its_arrows(room: str) -> None:
-    """No file of a room imports a sibling room that has no arrow from it, nor a library it must do without."""
+    """No file imports a room that has no arrow from its own, nor a library that its room must do without."""
     wrong = {
         str(path.relative_to(ROOT)): sorted(bad)
         for path in (ROOT / room).rglob("*.py")

@@ -55,9 +55,9 @@ def run_command(arguments: list[str]) -> int:
         print(help_text())
         return EXIT_OK if arguments else EXIT_BAD_INPUT
     if arguments[0] == "--version":
-        from scm import __version__
+        from reports.provenance import installed_version
 
-        print(f"scm-harness {__version__}")
+        print(f"scm-harness {installed_version('scm-harness')}")
         return EXIT_OK
     name, *rest = arguments
     command = COMMANDS.get(name)
