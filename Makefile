@@ -23,7 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	rm -rf runs/demo
+	$(BIN)/scm-harness sweep examples/nh4.yaml --out runs/demo/nh4
+	$(BIN)/scm-harness sweep examples/gbsg2.yaml --out runs/demo/gbsg2
 
 test: setup
 	$(BIN)/python -m pytest -q
