@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 WARM_UP_STEPS = 5  # the first steps allocate optimizer state and fill caches
+# Of a training that ends before, the first step alone is left out: it is by far the slowest.
 _KEPT_STEPS = 1024
 _EVENTS_PER_EPOCH = 128
 
@@ -28,7 +29,7 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._step_ms: deque[float] = deque(maxlen=_KEPT_STEPS)
-        self._steps_seen = 0
+        self._warm_up_ms: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._begun: torch.cuda.Event | None = None
         self._group_s = 0.0
@@ -65,24 +66,27 @@ class StepClock:
         self._end_step()
 
     def _end_step(self) -> None:
-        self._steps_seen += 1
-        warm = self._steps_seen > WARM_UP_STEPS
-        if self._on_cuda:
-            if self._begun is not None:
-                ended = torch.cuda.Event(enable_timing=True)
-                ended.record()
-                if warm:
-                    self._events.append((self._begun, ended))
-                self._begun = None
-        elif warm:
-            self._step_ms.append(1e3 * self._group_s)
+        if not self._on_cuda:
+            self._keep(1e3 * self._group_s)
+        elif self._begun is not None:
+            ended = torch.cuda.Event(enable_timing=True)
+            ended.record()
+            self._events.append((self._begun, ended))
+            self._begun = None
         self._group_s = 0.0
+
+    def _keep(self, step_ms: float) -> None:
+        if len(self._warm_up_ms) < WARM_UP_STEPS:
+            self._warm_up_ms.append(step_ms)
+        else:
+            self._step_ms.append(step_ms)
 
     def end_epoch(self, epoch: int) -> dict[str, float | int]:
         """Return the epoch's means a batch, in milliseconds, and the number of its batches."""
         if self._events:
             self._events[-1][1].synchronize()
-            self._step_ms.extend(begun.elapsed_time(ended) for begun, ended in self._events)
+            for begun, ended in self._events:
+                self._keep(begun.elapsed_time(ended))
         count = max(1, self._batches)
         return {
             "epoch": epoch,
@@ -94,5 +98,10 @@ class StepClock:
 
     @property
     def step_time_ms(self) -> float:
-        """The median time of one optimizer step after warm-up, in milliseconds; nan before there is one."""
-        return median(self._step_ms) if self._step_ms else float("nan")
+        """The median time of one optimizer step after warm-up, in milliseconds.
+
+        Of a training that is shorter than the warm-up, the median without its first step, or its only step;
+        nan before there is one.
+        """
+        kept = self._step_ms or self._warm_up_ms[1:] or self._warm_up_ms
+        return median(kept) if kept else float("nan")
