@@ -70,6 +70,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
         raise FileNotFoundError(f"no checkpoint at {target}")
     held = target.read_bytes()
     try:
+        _check_sums(held)
         # From memory: torch reads a cut file with errors of the system, which would pass for the disk's own.
         content = torch.load(io.BytesIO(held), map_location=map_location, weights_only=True)
     except (
@@ -93,6 +94,16 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
             f"checkpoint {target} must have schema_version {SCHEMA_VERSION}, got {version!r}"
         )
     return content
+
+
+def _check_sums(held: bytes) -> None:
+    """Raise ValueError when a member does not have its checksum, which torch writes and does not read."""
+    with zipfile.ZipFile(io.BytesIO(held)) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("its members must be stored as they are")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} does not have its checksum")
 
 
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -62,6 +62,7 @@ def trainer_state(trainer: SCMTrainer) -> dict[str, Any]:
 def put_trainer_state(trainer: SCMTrainer, content: Mapping[str, Any]) -> None:
     """Make the trainer the one that `content` was taken of; nothing is changed when it does not fit."""
     _check(trainer, content)
+    _put_loader_state(trainer, content["loader"])  # first, because it may find that the data are others
     trainer.model.load_state_dict(content["model"])
     trainer.optimizer.load_state_dict(content["optimizer"])
     if trainer.scheduler is not None:
@@ -80,11 +81,6 @@ def put_trainer_state(trainer: SCMTrainer, content: Mapping[str, Any]) -> None:
         setattr(trainer, name, content["progress"][name])
     for name in _HISTORIES:
         setattr(trainer, name, list(content["histories"][name]))
-    loader: Any = trainer.train_loader
-    if _keeps_its_place(loader):
-        loader.load_state_dict(content["loader"])
-    else:
-        trainer._loader_start = content["loader"]
     _put_gradients(trainer, content["gradients"])
     trainer._records.load_table(content["epoch_table"].to(trainer.device))
     trainer.last_thresholds.clear()
@@ -150,6 +146,17 @@ def _loader_state(trainer: SCMTrainer) -> dict[str, Any]:
         state: dict[str, Any] = loader.state_dict()
         return state
     return trainer._loader_start or _epoch_begin(loader, trainer._random)
+
+
+def _put_loader_state(trainer: SCMTrainer, state: dict[str, Any]) -> None:
+    loader: Any = trainer.train_loader
+    if not _keeps_its_place(loader):
+        trainer._loader_start = state
+        return
+    try:
+        loader.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint is of other data: {error}") from error
 
 
 def _epoch_begin(loader: Iterable[Any], random: OwnRandomState) -> dict[str, Any]:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -328,6 +335,35 @@ def test_a_truncated_file_is_refused(saved: Path, kept: int) -> None:
         make_trainer(DEFAULTS).load_checkpoint(saved)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+def test_a_flipped_bit_is_refused(saved: Path, share: float) -> None:
+    """A checkpoint is what was written, or an error: weights that a disk has changed are not trained on."""
+    content = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        members = [info for info in archive.infolist() if info.file_size]
+    member = members[int(share * len(members))]
+    place = content.index(zipfile.ZipFile(saved).read(member), member.header_offset)
+    content[place] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        make_trainer(DEFAULTS).load_checkpoint(saved)
+
+
+def test_a_damaged_table_of_contents_is_refused(saved: Path) -> None:
+    """Whichever of its bytes is changed, where there is an error it is a CheckpointError."""
+    content = saved.read_bytes()
+    refused = 0
+    for place in range(content.index(b"PK\x01\x02"), len(content), 7):
+        changed = bytearray(content)
+        changed[place] ^= 0x08
+        saved.write_bytes(changed)
+        try:
+            read_checkpoint(saved)
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     """Objects other than tensors and plain values are not unpickled."""
     torch.save({"schema_name": checkpoint_module.SCHEMA_NAME, "model": Head()}, tmp_path / "c.pt")
@@ -357,7 +393,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, content: Any, message: 
 def test_another_config_is_refused_by_its_fields(saved: Path) -> None:
     """Every differing field is named with both values; nothing has been loaded."""
     other = make_trainer({**DEFAULTS, "accumulation": 4, "optimizer": "rmsprop"}, clip_norm=2.0)
-    before = state_of(other)
+    before = copy.deepcopy(state_of(other))
     message = (
         r"clip_norm \(saved 1.0, now 2.0\), gradient_accumulation_steps \(saved 2, now 4\), optimizer \("
     )
@@ -384,8 +420,10 @@ def test_other_data_are_refused(saved: Path) -> None:
     x, y, codes = make_rows()
     order = torch.Generator()
     trainer.train_loader = TensorBatches(x, lift_semantic_targets(y, codes), BATCH + 1, generator=order)
-    with pytest.raises(ValueError, match="batch_size must be as saved"):
+    before = copy.deepcopy(state_of(trainer))
+    with pytest.raises(CheckpointError, match="of other data: batch_size must be as saved"):
         trainer.load_checkpoint(saved)
+    assert_equal(state_of(trainer), before)
 
 
 def test_a_loader_with_fewer_batches_is_refused(tmp_path: Path) -> None:
@@ -416,6 +454,33 @@ def test_a_failed_write_leaves_the_old_checkpoint(saved: Path, monkeypatch: pyte
         write_checkpoint(saved, {})
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+_SAVE_FOR_EVER = """
+import sys, torch
+from scm.training.checkpoint import write_checkpoint
+print("ready", flush=True)
+for number in range(10**9):
+    write_checkpoint(sys.argv[1], {"numbers": torch.full((200_000,), float(number))})
+"""
+
+
+def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Killed while it writes without end, a process leaves the last checkpoint whole."""
+    path = tmp_path / "c.pt"
+    with subprocess.Popen(
+        [sys.executable, "-c", _SAVE_FOR_EVER, str(path)], stdout=subprocess.PIPE, env={**os.environ}
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 30
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        writer.send_signal(signal.SIGKILL)
+    numbers = read_checkpoint(path)["numbers"]
+    assert len(numbers) == 200_000
+    assert bool((numbers == numbers[0]).all())
 
 
 def test_the_weights_alone_may_be_loaded(saved: Path) -> None:
