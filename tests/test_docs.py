@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel import yaml
 
 from harness.cli.main import COMMANDS, help_text
 from harness.plan import Plan, load_plan, plan_space
 from reports.schema import BASE_COLUMNS
 from search_spaces.named import SPACES
 from trainables.tasks.registry import TASKS
+from trainables.tasks.table import TableParams, parse_table_params
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +65,13 @@ def test_every_key_of_a_plan_is_explained() -> None:
     assert sorted(key for key in keys if f"{key}:" not in text) == []
 
 
+def test_the_parameters_of_the_table_task_are_explained() -> None:
+    """The plan in docs/tasks.md names every parameter of `table`, and no other."""
+    shown = yaml.YAML(typ="safe").load(blocks(ROOT / "docs" / "tasks.md", "yaml")[0])["task"]
+    assert set(shown) - {"name"} == {field.name for field in dataclasses.fields(TableParams)}
+    assert parse_table_params({key: value for key, value in shown.items() if key != "name"})
+
+
 def test_every_column_task_space_and_command_is_named() -> None:
     """What can be asked for by name stands in a document under that name."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in DOCS}
@@ -73,7 +83,9 @@ def test_every_column_task_space_and_command_is_named() -> None:
 
 def test_the_exit_codes_of_the_documents_are_those_of_the_help() -> None:
     """docs/plans.md and `--help` list the same exit codes."""
-    documented = set(re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "plans.md").read_text(encoding="utf-8"), re.M))
+    documented = set(
+        re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "plans.md").read_text(encoding="utf-8"), re.M)
+    )
     help_codes = help_text().split("exit codes:")[1]
     assert documented == set(re.findall(r"\b(\d{1,3}) (?=[a-z])", help_codes))
 
