@@ -101,7 +101,6 @@ def make_training_loss(config: TrialConfig, fit: FitLoss | None = None) -> LossF
         LossConfig(
             gamma=config.gamma,
             tau_train=config.tau_train_max,
-            epsilon_sing=config.epsilon_sing,
             lambda_margin=config.lambda_margin,
             lambda_sign=config.lambda_sign,
             lambda_rej=config.lambda_rej,

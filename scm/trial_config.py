@@ -82,7 +82,6 @@ class TrialConfig:
 
     fit: str = _knob("projective", choices=("projective", "implicit", "implicit_detached"))
     gamma: float = _knob(1e-9, _NOT_NEGATIVE)
-    epsilon_sing: float = _knob(1e-3, _NOT_NEGATIVE)
     lambda_margin: float = _knob(0.1, _NOT_NEGATIVE)
     lambda_sign: float = _knob(1.0, _NOT_NEGATIVE)
     lambda_rej: float = _knob(0.01, _NOT_NEGATIVE)
@@ -104,10 +103,10 @@ class TrialConfig:
     head: str = _knob("pattern", choices=("pattern", "multihead", "angular"))
     hidden_width: int = _knob(64, _AT_LEAST_ONE)
     hidden_depth: int = _knob(2, _NOT_NEGATIVE)
-    tuple_norm: str = _knob("unit", choices=("unit", "none"))
+    tuple_norm: str = _knob("unit", choices=("unit", "none"), head=("pattern", "multihead"))
     q_anchor: str = _knob("none", choices=("none", "ones"), head=("multihead",))
     q_param: str = _knob("none", choices=("none", "softplus"), head=("multihead",))
-    q_min: float = _knob(0.0, _NOT_NEGATIVE, head=("multihead",))
+    q_min: float = _knob(0.0, _NOT_NEGATIVE, head=("multihead",), q_param=("softplus",))
     numerator_degree: int = _knob(3, _NOT_NEGATIVE, head=("multihead",))
     denominator_degree: int = _knob(2, _AT_LEAST_ONE, head=("multihead",))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -169,13 +170,12 @@ NEEDS: dict[str, dict[str, Any]] = {
     "numerator_degree": {"head": "multihead"},
     "denominator_degree": {"head": "multihead"},
 }
-# These act when a training ends, or judge it; epsilon_sing where targets have no status; amp_dtype on CUDA.
+# These act when a training ends, or judge it; amp_dtype on CUDA.
 JUDGES = {
     "coverage_threshold",
     "coverage_patience",
     "nonfinite_budget",
     "restore_best",
-    "epsilon_sing",
     "amp_dtype",
 }
 
@@ -190,12 +190,27 @@ def test_every_knob_changes_something(name: str) -> None:
     assert not (same and before[1] == after[1])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [name for name, knob in KNOBS.items() if "head" in knob.active_when or "q_param" in knob.active_when],
+)
+def test_a_knob_of_another_head_changes_nothing(name: str) -> None:
+    """Where a knob of the heads is said to be inactive, the weights are the same to the bit."""
+    choices = {other: KNOBS[other].choices for other in ("head", "q_param")}
+    for head, q_param in itertools.product(choices["head"], choices["q_param"]):
+        base = {"head": head, "q_param": q_param}
+        if KNOBS[name].is_active({**TrialConfig().to_flat(), **base}) or name in base:
+            continue
+        before, after = outcome(**base), outcome(**{**base, name: OTHER[name]})
+        assert torch.equal(before[0], after[0]), base
+        assert before[1] == after[1], base
+
+
 def test_knobs_that_judge_a_training_are_handed_on() -> None:
     """What ends or crowns a training reaches the trainer's config."""
     knobs = {"coverage_threshold": 0.5, "coverage_patience": 2, "nonfinite_budget": 7, "restore_best": True}
     config = trainer_of(**knobs).config
     assert {name: getattr(config, name) for name in knobs} == knobs
-    assert trainer_of(epsilon_sing=0.5).loss_fn.constraints.config.epsilon_sing == 0.5
     assert trainer_of(mixed_precision=True, amp_dtype="float16").config.amp_dtype is torch.float16
 
 
