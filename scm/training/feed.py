@@ -61,7 +61,9 @@ class LossCall:
 
 def _keyword_names(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
     try:
-        parameters = inspect.signature(function).parameters.values()
+        # The call of a module takes anything; what it hands it to is its forward().
+        asked = function.forward if isinstance(function, nn.Module) else function
+        parameters = inspect.signature(asked).parameters.values()
     except (TypeError, ValueError):
         return frozenset(), True
     named = {item.name for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)}

@@ -268,6 +268,29 @@ def test_a_loss_is_told_what_it_names() -> None:
     assert told[0]["targets"] is y
 
 
+def test_a_loss_module_is_told_what_its_forward_names() -> None:
+    """A module's call takes anything, its forward() need not; its own weights train and are saved along."""
+    x, y = make_rows(6)
+    epochs: list[int] = []
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, outputs: Any, lifted: Any, *, epoch: int) -> Tensor:
+            epochs.append(epoch)
+            return self.scale.square() * squared(outputs, lifted)
+
+    model, loss = make_head(), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.05)
+    trainer = make_trainer([(x, y)], loss, model, optimizer=optimizer, max_epochs=2)
+    trainer.fit()
+    assert epochs == [0, 1]
+    assert loss.scale.item() < 2.0
+    assert trainer.controllers == {"loss_fn": loss}
+
+
 def test_a_model_left_in_eval_mode_trains_in_training_mode() -> None:
     """Dropout is active in every epoch, also after validation."""
     x, y = make_rows()
