@@ -86,7 +86,7 @@ def _implicit(
     # The cross product comes last: it may be denormal, and no product before it is.
     weight = (2 * share) / denominator
     slope_p, slope_q = in_given_units(weight * by_p, scale), in_given_units(weight * by_q, scale)
-    if is_negligible(gamma):  # at the origin an infinite slope would meet a cross product of 0
+    if scale is not None or is_negligible(gamma):  # at the origin an infinite slope would meet a cross of 0
         slope_p, slope_q = _bounded(slope_p, slope_p), _bounded(slope_q, slope_q)
     gradients = (
         as_rows_of(_bounded(slope_p * cross, P), mask, P),

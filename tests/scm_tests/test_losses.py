@@ -398,6 +398,18 @@ def test_losses_and_gradients_are_finite_in_float64(batch, gamma):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("detach_scale", [False, True])
+def test_the_largest_targets_have_finite_gradients(dtype, detach_scale):
+    """Targets at the end of the range, in whose units gamma is next to nothing, against special tuples."""
+    largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    members = torch.tensor([0.0, -0.0, tiny / 1024, tiny, 1.0, largest], dtype=dtype)
+    P, Q = (x.flatten().requires_grad_() for x in torch.meshgrid(members, members, indexing="ij"))
+    loss = implicit_loss(P, Q, torch.full_like(P, largest), torch.ones_like(Q), detach_scale=detach_scale)
+    assert bool(loss.isfinite())
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss, (P, Q)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("gamma", [0.0, 1e-9])
 def test_losses_and_gradients_are_finite_at_special_tuples(dtype, gamma):
     """All pairs of special members, among them the origin with gamma = 0, are finite against every status."""
