@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -198,6 +199,7 @@ def strict_inference_numpy(
     return InferenceResult(*(part.numpy() for part in result.fields()))
 
 
+@lru_cache(maxsize=64)
 def threshold_in(tau: float, dtype: torch.dtype) -> float:
     """`tau` as strict decoding uses it on denominators of `dtype`: rounded to the nearest number there.
 
