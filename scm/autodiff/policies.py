@@ -101,7 +101,15 @@ def register_policy(layer: str, policy: GradientPolicy) -> None:
 
 
 def get_policy(layer: str | None = None) -> GradientPolicy:
-    """Return the policy in force: the surrounding context's, else the layer's default, else CLAMP."""
+    """Return the policy in force: the surrounding context's, else the layer's default, else CLAMP.
+
+    TypeError inside of a context that holds one code per trial: see `policy_in_force`.
+    """
+    return _check_policy(policy_in_force(layer))
+
+
+def policy_in_force(layer: str | None = None) -> GradientPolicy | Tensor:
+    """Return what `get_policy` does, or the codes of a context that was given a tensor of them."""
     setting = _ACTIVE.get()
     if setting is not None and setting.policy is not None:
         return setting.policy
@@ -135,7 +143,9 @@ def _layer_name(layer: str) -> str:
     return name
 
 
-def _check_policy(policy: GradientPolicy) -> GradientPolicy:
+def _check_policy(policy: GradientPolicy | Tensor) -> GradientPolicy:
+    if isinstance(policy, Tensor):
+        raise TypeError("policy must be a GradientPolicy here, got a tensor of codes")
     if not isinstance(policy, GradientPolicy):
         raise TypeError(f"policy must be a GradientPolicy, got {policy!r}")
     return policy
@@ -148,25 +158,28 @@ def _check_policy(policy: GradientPolicy) -> GradientPolicy:
 class _Setting:
     """What a context says; `policy` is None inside `policies_disabled()`."""
 
-    policy: GradientPolicy | None
-    tau: float = DEFAULT_BOTTOM_TAU
+    policy: GradientPolicy | Tensor | None
+    tau: float | Tensor = DEFAULT_BOTTOM_TAU
 
 
 _ACTIVE: ContextVar[_Setting | None] = ContextVar("scm_gradient_policy", default=None)
 
 
 @contextmanager
-def gradient_policy(policy: GradientPolicy, *, tau: float | None = None) -> Iterator[None]:
+def gradient_policy(policy: GradientPolicy | Tensor, *, tau: float | Tensor | None = None) -> Iterator[None]:
     """Put `policy` in force for the forward passes, or the lone ``backward()`` calls, of the block.
 
+    policy: a GradientPolicy; or, where many trials are trained as one, an integer tensor of `POLICY_CODES`
+    that broadcasts against P, Q and the outputs of layers (under vmap: 0-d, a code per trial).
     tau: threshold (>= 0) below which |Q| is a bottom in losses that are not given one; 1e-4 by default.
     Contexts nest, are restored by exceptions, are copied into asyncio children when those are created,
     and are absent in new threads.
     """
-    _check_policy(policy)
+    if not _is_codes(policy):
+        _check_policy(policy)
     if tau is None:
         tau = DEFAULT_BOTTOM_TAU
-    if not (math.isfinite(tau) and tau >= 0):
+    if not isinstance(tau, Tensor) and not (math.isfinite(tau) and tau >= 0):
         raise ValueError(f"tau must be finite and >= 0, got {tau=}")
     with _in_force(_Setting(policy, tau)):
         yield
@@ -177,6 +190,32 @@ def policies_disabled() -> Iterator[None]:
     """Put no policy in force and leave no gate on (P, Q): losses cost nothing more."""
     with _in_force(_Setting(None)):
         yield
+
+
+def _is_codes(policy: object) -> bool:
+    return isinstance(policy, Tensor) and policy.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+@contextmanager
+def scaled_gradients(scale: Tensor) -> Iterator[None]:
+    """Have the gates of the block's forward passes expect gradients that are `scale` times too large.
+
+    scale: 0-d, > 0. CLAMP then clamps to [-scale, scale], so that a `GradScaler` changes no training.
+    """
+    token = _GRADIENT_SCALE.set(scale)
+    try:
+        yield
+    finally:
+        _GRADIENT_SCALE.reset(token)
+
+
+_GRADIENT_SCALE: ContextVar[Tensor | None] = ContextVar("scm_gradient_scale", default=None)
+
+
+def clamp_limit() -> float | Tensor:
+    """Return where CLAMP clamps in this context: 1, or the scale of `scaled_gradients`."""
+    scale = _GRADIENT_SCALE.get()
+    return 1.0 if scale is None else scale
 
 
 def has_active_policy() -> bool:
@@ -225,23 +264,33 @@ def apply_policy_vector(
     return [apply_policy(gradient, is_bottom, policy) for gradient in gradients]
 
 
-def apply_policy_tensor(gradient: Tensor, bottom: Tensor, policy: GradientPolicy | Tensor) -> Tensor:
+def apply_policy_tensor(
+    gradient: Tensor, bottom: Tensor, policy: GradientPolicy | Tensor, *, limit: float | Tensor = 1.0
+) -> Tensor:
     """Apply a policy element by element; `bottom` and a code tensor broadcast against `gradient`.
 
     policy: a GradientPolicy, or an integer tensor of `POLICY_CODES` (one per trial, for instance).
+    limit: what CLAMP clamps to, 1 unless gradients are scaled.
     A nan at a finite element stays nan under CLAMP, PROJECT and PASSTHROUGH.
     """
     if isinstance(policy, Tensor):
         if not gradient.is_complex():
-            gradient = torch.where(policy == _CLAMP, gradient.clamp(-1.0, 1.0), gradient)
+            gradient = torch.where(policy == _CLAMP, _clamped(gradient, limit), gradient)
         return torch.where((bottom & (policy != _PASS)) | (policy == _REJECT), 0.0, gradient)
     if policy is GradientPolicy.PASSTHROUGH:
         return gradient
     if policy is GradientPolicy.REJECT:
         return torch.zeros_like(gradient)
     if policy is GradientPolicy.CLAMP and not gradient.is_complex():
-        gradient = gradient.clamp(-1.0, 1.0)
+        gradient = _clamped(gradient, limit)
     return torch.where(bottom, 0.0, gradient)
+
+
+def _clamped(gradient: Tensor, limit: float | Tensor) -> Tensor:
+    if isinstance(limit, Tensor):
+        limit = limit.to(device=gradient.device, dtype=gradient.dtype)
+        return gradient.clamp(-limit, limit)
+    return gradient.clamp(-limit, limit)
 
 
 # --- gates on (P, Q) ------------------------------------------------------------------------------
@@ -253,16 +302,17 @@ def gate_gradients(x: Tensor, bottom: Tensor, policy: GradientPolicy | Tensor) -
     bottom: bool, the shape of `x`. policy: a GradientPolicy or an integer tensor of `POLICY_CODES` that
     broadcasts against `x`. Works inside ``torch.func`` transforms.
     """
+    limit = clamp_limit()
     if isinstance(policy, Tensor) or is_transformed():
         codes = policy if isinstance(policy, Tensor) else torch.tensor(POLICY_CODES[_check_policy(policy)])
-        gated: Tensor = _Gate.apply(x, bottom, codes)
+        gated: Tensor = _Gate.apply(x, bottom, codes, torch.as_tensor(limit))
         return gated
     _check_policy(policy)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     # A hook costs a tenth of a custom Function on small tensors, but transforms do not run hooks.
     gated = x.view_as(x)
-    gated.register_hook(lambda gradient: apply_policy_tensor(gradient, bottom, policy))
+    gated.register_hook(lambda gradient: apply_policy_tensor(gradient, bottom, policy, limit=limit))
     return gated
 
 
@@ -270,18 +320,18 @@ class _Gate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, bottom: Tensor, codes: Tensor) -> Tensor:
+    def forward(x: Tensor, bottom: Tensor, codes: Tensor, limit: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        _, bottom, codes = inputs
-        ctx.save_for_backward(bottom, codes)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        bottom, codes = ctx.saved_tensors
-        return apply_policy_tensor(gradient, bottom, codes.to(gradient.device)), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        bottom, codes, limit = ctx.saved_tensors
+        codes = codes.to(gradient.device)
+        return apply_policy_tensor(gradient, bottom, codes, limit=limit), None, None, None
 
 
 def gate_tuple(P: Tensor, Q: Tensor, *, tau: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -334,11 +384,12 @@ def _reduced_like(bottom: Tensor, x: Tensor) -> Tensor:
 class _LateGate:
     """A gate of the losses whose policy is known when ``backward()`` runs."""
 
-    __slots__ = ("__weakref__", "members", "setting", "tau", "thread")
+    __slots__ = ("__weakref__", "limit", "members", "setting", "tau", "thread")
 
     def __init__(self, members: Sequence[Tensor], tau: float | Tensor | None) -> None:
         self.members = members
         self.tau = tau
+        self.limit = clamp_limit()
         self.thread = threading.get_ident()
         self.setting: _Setting | None = None
 
@@ -358,7 +409,8 @@ class _LateGate:
         if setting is None or setting.policy is None:
             return None
         bottom = _bottom_of(self.members, setting.tau if self.tau is None else self.tau)
-        return apply_policy_tensor(gradient, _reduced_like(bottom, gradient), setting.policy)
+        bottom = _reduced_like(bottom, gradient)
+        return apply_policy_tensor(gradient, bottom, setting.policy, limit=self.limit)
 
 
 class LateGate(Protocol):

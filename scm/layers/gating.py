@@ -16,10 +16,11 @@ from torch import Tensor
 from scm.autodiff.policies import (
     GradientPolicy,
     apply_policy_tensor,
+    clamp_limit,
     gate_gradients,
-    get_policy,
     has_active_policy,
     is_transformed,
+    policy_in_force,
     remember_late_gate,
 )
 
@@ -31,7 +32,7 @@ def gate_output(output: Tensor, bottom: Tensor, layer: str, policy: GradientPoli
     force at the call is taken.
     """
     if policy is not None or has_active_policy() or is_transformed():
-        return gate_gradients(output, bottom, get_policy(layer) if policy is None else policy)
+        return gate_gradients(output, bottom, policy_in_force(layer) if policy is None else policy)
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
     gate = _LateOutputGate(bottom, layer)
@@ -44,19 +45,20 @@ def gate_output(output: Tensor, bottom: Tensor, layer: str, policy: GradientPoli
 class _LateOutputGate:
     """A hook whose policy is known when ``backward()`` runs."""
 
-    __slots__ = ("__weakref__", "bottom", "layer", "setting", "thread")
+    __slots__ = ("__weakref__", "bottom", "layer", "limit", "setting", "thread")
 
     def __init__(self, bottom: Tensor, layer: str) -> None:
         self.bottom = bottom
         self.layer = layer
+        self.limit = clamp_limit()
         self.thread = threading.get_ident()
         # Written by contexts that open on the forward pass's thread: the threads on which CUDA gradients are
         # computed see no context variable.
         self.setting: Any = None
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        policy = get_policy(self.layer)
+        policy = policy_in_force(self.layer)
         told = self.setting
         if threading.get_ident() != self.thread and told is not None and told.policy is not None:
             policy = told.policy
-        return apply_policy_tensor(gradient, self.bottom, policy)
+        return apply_policy_tensor(gradient, self.bottom, policy, limit=self.limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scm.autodiff.policies import GradientPolicy, get_policy
+from scm.autodiff.policies import POLICY_CODES, GradientPolicy, policy_in_force
 from scm.losses.rowwise import Reduced, as_rows_of, check_at_least_zero, reduce_rows
 
 
@@ -26,9 +26,11 @@ def rejection_loss(
     loss is 0. An empty mask has coverage 1. `soft_coverage_loss` is the form that trains.
     """
     check_share("target_coverage", target_coverage)
-    policy = get_policy("rejection_loss") if policy is None else policy
+    in_force = policy_in_force("rejection_loss") if policy is None else policy
     shortfall = (target_coverage - (1.0 - _bottom_share(is_bottom))).clamp(min=0)
-    if policy is GradientPolicy.REJECT:
+    if isinstance(in_force, Tensor):
+        shortfall = torch.where(in_force == POLICY_CODES[GradientPolicy.REJECT], 0.0, shortfall)
+    elif in_force is GradientPolicy.REJECT:
         return torch.zeros_like(shortfall)
     return shortfall * shortfall
 

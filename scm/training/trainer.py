@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scm.autodiff.policies import GradientPolicy, gradient_policy, has_active_policy, policies_disabled
+from scm.autodiff.policies import (
+    GradientPolicy,
+    gradient_policy,
+    has_active_policy,
+    policies_disabled,
+    scaled_gradients,
+)
 from scm.seeding import generator
 from scm.training.bench import StepClock
 from scm.training.checkpoint import read_checkpoint, write_checkpoint
@@ -272,12 +278,16 @@ class SCMTrainer:
         self.last_thresholds.append(tau)
         facts["tau"], facts["global_step"] = tau, self.global_step
         policy = self.config.gradient_policy
-        if isinstance(policy, GradientPolicy):
-            with gradient_policy(policy, tau=tau):
-                loss, outputs = self._forward_backward(fed, facts)
-        else:
+        with (
+            nullcontext() if policy is None else gradient_policy(GradientPolicy(policy), tau=tau),
+            nullcontext() if self.scaler is None else scaled_gradients(self._loss_scale(self.scaler)),
+        ):
             loss, outputs = self._forward_backward(fed, facts)
         self._records.add(loss.detach(), outputs, tau, fed.rows)
+
+    def _loss_scale(self, scaler: torch.amp.GradScaler) -> Tensor:
+        scale: Tensor = scaler.scale(torch.ones((), device=self.device))  # get_scale() would wait
+        return scale
 
     def _forward_backward(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
         outputs = self._forward(fed.inputs)
@@ -419,7 +429,7 @@ class SCMTrainer:
 
     @property
     def step_time_ms(self) -> float:
-        """The median time of one optimizer step after warm-up, in milliseconds; nan before there is one."""
+        """The median time of one optimizer step after warm-up, in ms (see `StepClock`); nan before any."""
         return self._clock.step_time_ms
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import threading
@@ -30,7 +31,11 @@ from scm.autodiff.policies import (
     policy_registry_snapshot,
     register_policy,
     restore_policy_registry,
+    scaled_gradients,
 )
+from scm.layers.normalization import SCMNorm
+from scm.layers.scm_rational import SCMRationalLayer
+from scm.losses.coverage import rejection_loss
 from scm.losses.projective import projective_fit_loss
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.training.targets import lift_semantic_targets
@@ -490,3 +495,88 @@ def test_an_active_policy_acts_inside_of_transforms(policy):
             p, q = (x[k].clone().requires_grad_() for x in stack)
             for gradient, alone in zip(got, torch.autograd.grad(_loss(p, q, targets), (p, q)), strict=True):
                 torch.testing.assert_close(gradient[k], alone)
+
+
+# --- many trials as one ---------------------------------------------------------------------------
+
+
+def test_a_context_of_codes_gives_each_trial_its_own_policy():
+    """Under vmap(grad) the whole objective treats each trial as the context of its own policy would."""
+    P, Q, targets = _batch()
+    codes = torch.tensor([POLICY_CODES[policy] for policy in ALL])
+
+    def objective(p, q, code):
+        with gradient_policy(code, tau=TAU):
+            return _loss(p, q, targets, coverage_weight=3.0)
+
+    stacked = torch.func.vmap(torch.func.grad(objective, argnums=(0, 1)), in_dims=(None, None, 0))(
+        P.detach(), Q.detach(), codes
+    )
+    for k, policy in enumerate(ALL):
+        alone = _gradients(policy, "both", coverage_weight=3.0)
+        torch.testing.assert_close(torch.stack([gradient[k] for gradient in stacked]), alone)
+
+
+def test_codes_reach_layers_and_the_hard_coverage():
+    """What asks for the policy in force gets the codes; who can only take one policy says so."""
+    x = torch.tensor([0.5, 2.0])
+    layer = SCMRationalLayer(1, 1, gradient_policy=None)
+    expected = {}
+    for policy in ALL:
+        layer.zero_grad()
+        with gradient_policy(policy):
+            (50 * layer(x)[0].sum()).backward()
+        expected[policy] = layer.numerator.grad.clone()
+    bottoms = torch.tensor([True, True, False])
+    for policy in ALL:
+        code = torch.tensor(POLICY_CODES[policy])
+        layer.zero_grad()
+        with gradient_policy(code):
+            (50 * layer(x)[0].sum()).backward()
+            in_context = rejection_loss(bottoms)
+            with pytest.raises(TypeError, match="got a tensor of codes"):
+                get_policy()
+        assert torch.equal(layer.numerator.grad, expected[policy])
+        assert torch.equal(in_context, rejection_loss(bottoms, policy=policy))
+    assert len({tuple(gradient.tolist()) for gradient in expected.values()}) == 3  # no bottoms here
+
+
+# --- scaled gradients -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ALL)
+@pytest.mark.parametrize("around", ["forward", "backward"])
+def test_a_gradient_scale_changes_no_policy(policy, around):
+    """Gradients of the scaled loss are the scaled gradients, clamped in units of the unscaled loss."""
+    expected = _gradients(policy, around)
+    P, Q, targets = _batch()
+    scale = torch.tensor(2.0**10)
+    with scaled_gradients(scale), contextlib.ExitStack() as stack:
+        if around == "forward":
+            stack.enter_context(gradient_policy(policy, tau=TAU))
+        loss = _loss(P, Q, targets)
+    with gradient_policy(policy, tau=TAU):
+        (loss * scale).backward()
+    assert torch.equal(torch.stack((P.grad, Q.grad)) / scale, expected)
+
+
+def test_a_gradient_scale_reaches_layers():
+    """CLAMP at a layer's output clamps in units of the unscaled loss, early and late, one code or many."""
+    scale = torch.tensor(2.0**10)
+    for late in (False, True):
+        gradients = []
+        for factor in (torch.tensor(1.0), scale):
+            x = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+            with scaled_gradients(factor), contextlib.ExitStack() as stack:
+                if not late:
+                    stack.enter_context(gradient_policy(GradientPolicy.CLAMP))
+                y, _ = SCMNorm()(x)
+                loss = (y * torch.tensor([5.0, 0.5, -3.0])).sum()
+            (loss * factor).backward()
+            gradients.append(x.grad / factor)
+        torch.testing.assert_close(*gradients)
+    x = torch.ones(2, requires_grad=True)
+    with scaled_gradients(scale):
+        gated = gate_gradients(x, torch.zeros(2, dtype=torch.bool), torch.tensor([0, 1]))
+    (gated * 5000).sum().backward()
+    assert x.grad.tolist() == [2.0**10, 5000.0]

@@ -372,6 +372,20 @@ def test_four_policies_are_four_trainings() -> None:
         assert all(not torch.equal(one, other) for other in found[i + 1 :])
 
 
+def test_a_loss_scale_changes_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a GradScaler CLAMP clamps the gradient of the loss, not the scaled one."""
+    expected = {policy: policy_training(policy) for policy in GradientPolicy}
+    made = SCMTrainer.__init__
+
+    def with_scaler(self: SCMTrainer, *arguments: Any, **fields: Any) -> None:
+        made(self, *arguments, **fields)
+        self.scaler = self._guard._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+
+    monkeypatch.setattr(SCMTrainer, "__init__", with_scaler)
+    for policy in GradientPolicy:
+        torch.testing.assert_close(policy_training(policy), expected[policy], rtol=1e-12, atol=0)
+
+
 def test_reject_learns_through_coverage_alone() -> None:
     """With soft coverage REJECT moves the weights, and exactly as the coverage term alone would."""
 
