@@ -325,9 +325,16 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _fits(value: int) -> bool:
+    """Whether an integer can be written to a row."""
+    return -(2**63) <= value < 2**63
+
+
 def _plain_problem(value: object) -> str | None:
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | str):
         return None
+    if isinstance(value, int):
+        return None if _fits(value) else f"an integer must fit into 64 bits, got {value!r}"
     if isinstance(value, float):
         return None if math.isfinite(value) else f"a value must be finite, got {value!r}"
     return f"a value must be a number, text, true, false or null, got {value!r}"
@@ -338,6 +345,8 @@ def _range_problems(low: object, high: object, log: object, kinds: tuple[type, .
     for name, bound in (("low", low), ("high", high)):
         if not isinstance(bound, kinds) or isinstance(bound, bool):
             problems.append(f"{name} must be {noun}, got {bound!r}")
+        elif isinstance(bound, int) and not _fits(bound):
+            problems.append(f"{name} must fit into 64 bits, got {bound!r}")
         elif not math.isfinite(bound):  # type: ignore[arg-type]
             problems.append(f"{name} must be finite, got {bound!r}")
     if not isinstance(log, bool):

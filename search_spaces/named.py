@@ -11,7 +11,7 @@ from typing import Any
 
 from search_spaces.domains import Choice, Float, Int
 from search_spaces.errors import SpaceError, nearest_hint
-from search_spaces.ordering import LessEqual
+from search_spaces.ordering import LessEqual, listed_constraints
 from search_spaces.space import Space, compose
 
 _MOMENTUM = {"optimizer": ("sgd", "rmsprop")}
@@ -139,22 +139,22 @@ def _parse_explicit(plain: Mapping[str, Any]) -> Space:
     parts = [_used([used] if isinstance(used, str) else used)] if used else []
     if not isinstance(override, Mapping):
         raise SpaceError([f"override must map knobs to domains, got {override!r}"])
-    if given.get("domains"):
+    extra = listed_constraints(given.pop("constraints", None))
+    if isinstance(given.get("domains"), Mapping):
         # Conditions and constraints may speak of knobs of the spaces used: all are read as one space.
         domains = {**_plain_domains(parts), **given["domains"]}
         again = [k for k in given["domains"] if parts and k in parts[0].domains]
         if again:
             raise SpaceError([f"{k} is in the spaces used already; change it under override" for k in again])
-        listed = [*map(str, parts[0].constraints if parts else ()), *(given.get("constraints") or [])]
+        listed = [*map(str, parts[0].constraints if parts else ()), *extra]
         space = Space.from_plain({**given, "domains": domains, "constraints": listed})
-    elif parts:
-        extra = given.pop("constraints", None) or []
+    elif parts and given.get("domains") is None:
         header = {key: given[key] for key in given if key != "domains"}
         named = {"name": parts[0].name, "description": parts[0].description, **header}
         listed = [*map(str, parts[0].constraints), *extra]
         space = Space.from_plain({**named, "domains": _plain_domains(parts), "constraints": listed})
     else:
-        space = Space.from_plain(given)
+        space = Space.from_plain({**given, "constraints": extra})
     return space.override(override) if override else space
 
 
@@ -165,7 +165,11 @@ def _plain_domains(parts: list[Space]) -> dict[str, Any]:
 def _used(names: object) -> Space:
     if not isinstance(names, list | tuple) or not names:
         raise SpaceError([f"at least one space must be named, got {names!r}"])
-    problems = [f"unknown space {n!r} {nearest_hint(str(n), SPACES)}" for n in names if n not in SPACES]
+    problems = [
+        f"unknown space {name!r} {nearest_hint(str(name), SPACES)}"
+        for name in names
+        if not isinstance(name, str) or name not in SPACES
+    ]
     if problems:
         raise SpaceError(problems)
     spaces = [SPACES[name] for name in names]

@@ -36,6 +36,13 @@ def parse_constraint(text: object) -> LessEqual:
     return LessEqual(*names)
 
 
+def listed_constraints(plain: object) -> list[object]:
+    """What a plan writes under `constraints` as a list: nothing, one of them, or several."""
+    if plain is None:
+        return []
+    return list(plain) if isinstance(plain, list | tuple) else [plain]
+
+
 def reference_problems(domains: Mapping[str, Domain], constraints: Sequence[LessEqual]) -> list[str]:
     """What conditions and constraints name that is not there, or cannot be compared."""
     problems = []
@@ -89,7 +96,8 @@ def feasible_bounds(
         if largest is None:
             problems.append(f"{name} has no value <= {limit:g}, which {' and '.join(above[name])} would need")
         high[name] = limit if largest is None else largest
-    for name in knobs:
+    # A knob without a value leaves others without one: those are no mistakes of their own.
+    for name in () if problems else knobs:
         limit = max((low[other] for other in below[name]), default=-math.inf)
         smallest = domains[name].smallest_at_least(limit)
         if smallest is None or smallest > high[name]:
@@ -97,7 +105,7 @@ def feasible_bounds(
         low[name] = limit if smallest is None else smallest
     if problems:
         listed = ", ".join(map(str, constraints))
-        raise SpaceError([f"{problem} (constraints: {listed})" for problem in dict.fromkeys(problems)])
+        raise SpaceError([f"{problem} (constraints: {listed})" for problem in problems])
     return {name: (low[name], high[name]) for name in knobs}
 
 

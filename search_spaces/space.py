@@ -21,6 +21,7 @@ from search_spaces.ordering import (
     LessEqual,
     assembly_order,
     feasible_bounds,
+    listed_constraints,
     parse_constraint,
     reference_problems,
 )
@@ -179,8 +180,7 @@ class Space:
             except SpaceError as error:
                 problems += [f"{name}: {problem}" for problem in error.problems]
         constraints = []
-        listed = plain.get("constraints") or []
-        for text in listed if isinstance(listed, list | tuple) else [listed]:
+        for text in listed_constraints(plain.get("constraints")):
             try:
                 constraints.append(parse_constraint(text))
             except SpaceError as error:

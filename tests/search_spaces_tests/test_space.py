@@ -145,6 +145,14 @@ BAD = {
         lambda: Space("s", {"low": B, "high": A}, [LessEqual("low", "high")]),
         "low has no value <= 1",
     ),
+    "impossible order, told once": (
+        lambda: Space(
+            "s", {"low": B, "mid": A, "high": A}, [LessEqual("low", "mid"), LessEqual("mid", "high")]
+        ),
+        r"^low has no value <= 1, which mid would need \(constraints: [^;]*\)$",
+    ),
+    "a number too large for a row": (lambda: Space("s", {"a": Int(1, 2**63)}), "high must fit into 64 bits"),
+    "a value too large for a row": (lambda: Space("s", {"a": Const(-(2**64))}), "must fit into 64 bits"),
     "impossible whole number": (
         lambda: Space("s", {"x": Float(0.2, 5.0), "n": Const(0)}, [LessEqual("x", "n")]),
         "x has no value <= 0",
