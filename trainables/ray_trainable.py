@@ -138,7 +138,7 @@ class SCMTrainable(tune.Trainable):
         self._provenance = _provenance(device)
         try:
             loaded = load_task(job["task"], job["seed"])
-        except Exception as error:  # a task that raises is a row of every trial that asks for it
+        except (Exception, SystemExit) as error:  # a task that raises is a row of each of its trials
             self._failed = failed_outcome(error, job["config"])
             return
         self._provenance["data_digest"] = loaded.data_digest

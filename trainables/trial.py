@@ -103,6 +103,7 @@ def error_line(error: BaseException) -> str:
     """Say an exception in one line: type, message, and the innermost place that is not a library's."""
     message = " ".join(str(error).split())
     line = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    line = line.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be written to a row
     places = [
         frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename
     ]
@@ -295,7 +296,7 @@ class TrialRun:
         started = time.perf_counter()
         try:
             yield
-        except Exception as error:  # an exception of a task or a training is a row, with its message
+        except (Exception, SystemExit) as error:  # what a task or a training raises is a row with its message
             self._outcome = self._counts() | {
                 "status": "failed",
                 "error": error_line(error),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,13 @@ def test_task_that_raises_is_a_failed_outcome_with_one_line(task: TableTask, met
     assert outcome["target_coverage"] == TrialConfig().target_coverage
 
 
+def test_task_that_calls_exit_is_a_failed_outcome(task: TableTask) -> None:
+    """sys.exit in a task ends its trial, and not the process that others train in."""
+    outcome = run_trial(Altered(task, metrics=lambda *_: sys.exit(0)), {"max_epochs": 1}, 0)
+    assert outcome["status"] == "failed"
+    assert outcome["error"].startswith("SystemExit: 0 (test_trial.py:")
+
+
 def test_loss_that_raises_in_a_later_epoch_keeps_the_counts(task: TableTask) -> None:
     """What was trained before the failure is in the row, and no epoch is said twice."""
     calls = {"metrics": 0}
@@ -355,3 +363,8 @@ def test_long_message_is_cut(task: TableTask) -> None:
     """A row is no place for a page."""
     assert len(error_line(ValueError("x" * 10_000))) == 500
     assert error_line(ValueError()) == "ValueError"
+
+
+def test_message_can_be_written(task: TableTask) -> None:
+    """What no file can hold (half a surrogate pair) is spelled out."""
+    assert error_line(ValueError("a \ud800 b")) == "ValueError: a \\ud800 b"
