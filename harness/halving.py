@@ -10,10 +10,10 @@ order of arrival.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 Action: TypeAlias = Literal["continue", "stop", "wait"]
 TrialKey: TypeAlias = tuple[str, int]
@@ -120,10 +120,6 @@ class RungBoard:
                 trial.values.setdefault(r, number)
         return self._settle(cohort)
 
-    def action(self, cohort: int, config_id: str, seed: int) -> Action:
-        """What the trial is to do as things stand."""
-        return self._decision(cohort, config_id, seed).action
-
     def awaited(self, cohort: int) -> list[TrialKey]:
         """The trials, sorted, that must still report or leave before the cohort's next rung is decided."""
         state = self._state(cohort)
@@ -135,25 +131,6 @@ class RungBoard:
             for s, t in sorted(state.members[c].items())
             if state.rung not in t.values
         ]
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the board knows, in plain values that JSON can hold (a NaN is written as null)."""
-        return {
-            "rungs": list(self.rungs),
-            "eta": self.eta,
-            "mode": self.mode,
-            "cohorts": [
-                {"cohort": number, **_plain_cohort(state)} for number, state in self._cohorts.items()
-            ],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the board that gave `state`; ValueError where rungs, eta or mode differ."""
-        own = {"rungs": list(self.rungs), "eta": self.eta, "mode": self.mode}
-        given = {key: state[key] for key in own}
-        if given != own:
-            raise ValueError(f"the state must be of a board with {own}, got {given}")
-        self._cohorts = {int(plain["cohort"]): _parse_cohort(plain) for plain in state["cohorts"]}
 
     def _settle(self, cohort: int) -> list[Decision]:
         """Decide whatever can be decided; gives a decision for every trial that waited and does no longer."""
@@ -228,29 +205,3 @@ class RungBoard:
         if trial is None:
             raise ValueError(f"a trial must be a member of its cohort, got {cohort=}, {config_id=}, {seed=}")
         return trial
-
-
-def _plain_cohort(state: _Cohort) -> dict[str, Any]:
-    trials = [
-        {
-            "config_id": config_id,
-            "seed": seed,
-            "values": {str(r): value if math.isfinite(value) else None for r, value in trial.values.items()},
-            "waits_at": trial.waits_at,
-            "passed": trial.passed,
-            "stopped": trial.stopped,
-            "left": trial.left,
-        }
-        for config_id, seeds in state.members.items()
-        for seed, trial in seeds.items()
-    ]
-    return {"rung": state.rung, "entrants": list(state.entrants), "trials": trials}
-
-
-def _parse_cohort(plain: Mapping[str, Any]) -> _Cohort:
-    members: dict[str, dict[int, _Trial]] = {}
-    for item in plain["trials"]:
-        values = {int(r): math.nan if value is None else float(value) for r, value in item["values"].items()}
-        trial = _Trial(values, item["waits_at"], item["passed"], item["stopped"], item["left"])
-        members.setdefault(item["config_id"], {})[item["seed"]] = trial
-    return _Cohort(members, plain["rung"], list(plain["entrants"]))

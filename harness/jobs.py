@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from harness.errors import UserError, nearest
 from harness.halving import Decision, RungBoard
 
 FlatConfig = Mapping[str, Any]
@@ -114,6 +115,7 @@ class JobBoard:
         failed: Callable[[TrialSpec, str], Mapping[str, Any]],
         rungs: RungBoard | None = None,
         rung_metric: str = "val_loss",
+        nan_budget: int = 0,
         retries: int = 0,
         known: Mapping[str, KnownTrial] | None = None,
     ) -> None:
@@ -122,6 +124,7 @@ class JobBoard:
         self._failed = failed
         self._rungs = rungs
         self._metric = rung_metric
+        self._nan_budget = nan_budget
         self._retries = retries
         self._known = dict(known or {})
         self._trials: dict[str, _Progress] = {}
@@ -272,6 +275,15 @@ class JobBoard:
         return next((rung for rung in self._rungs.rungs if rung > epoch), None)
 
     def _value_at(self, progress: _Progress, epoch: int) -> float:
+        """The metric at a rung; NaN, the worst there is, also for a trial that has met too many NaNs by then.
+
+        The training passes over steps that are not finite, so a metric of clean weights says nothing of them.
+        """
         said = progress.epochs.get(epoch, {})
+        if said.get("nan_count", 0) > self._nan_budget:
+            return math.nan
+        if said and self._metric not in said:
+            hint = nearest(self._metric, said)
+            raise UserError(f"halving.metric: no epoch reports {self._metric!r}{hint}")
         value = said.get(self._metric)
         return math.nan if value is None else float(value)

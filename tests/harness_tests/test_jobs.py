@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from harness.errors import UserError
 from harness.halving import RungBoard
 from harness.jobs import EndedTrial, JobBoard, Report, Segment, TrialSpec
 
@@ -213,3 +214,35 @@ def test_a_search_that_learns_waits_for_the_batch() -> None:
         while (segment := board.next_segment()) is not None:
             drawn.append(segment.trial.cohort)
         assert set(drawn) == first_batches
+
+
+def play_rung(metrics: Mapping[str, float], nan_budget: int = 0) -> EndedTrial | None:
+    """A lone trial that reports these numbers at its rung; how it ended, or None where it went on."""
+    ended: list[EndedTrial] = []
+    board = JobBoard(
+        ListProposer([[0.5]], seeds=(0,)),
+        on_ended=lambda one, replayed: ended.append(one),
+        failed=lambda trial, error: {"status": "failed", "epochs": 0},
+        rungs=RungBoard([2], eta=2),
+        nan_budget=nan_budget,
+    )
+    segment = board.next_segment()
+    assert segment is not None
+    outcome = {"status": "stopped", "stop_reason": "halving at epoch 2", "epochs": 2}
+    board.reported(segment, Report([{"epoch": 2.0, **metrics}], outcome, b"state"))
+    return ended[0] if ended else None
+
+
+def test_nan_met_in_training_stop_a_trial_at_its_first_rung() -> None:
+    """A training passes over steps that are NaN and its metric stays finite: over the budget it stops."""
+    assert play_rung({"val_loss": 0.5, "nan_count": 0}) is None
+    assert play_rung({"val_loss": 0.5, "nan_count": 3}) is not None
+    assert play_rung({"val_loss": 0.5, "nan_count": 3}, nan_budget=3) is None
+
+
+def test_a_metric_that_no_epoch_reports_is_named() -> None:
+    """A misspelt metric of a task would stop every trial at its first rung; it ends the sweep instead."""
+    with pytest.raises(
+        UserError, match="halving.metric: no epoch reports 'val_loss', did you mean 'vall_loss'"
+    ):
+        play_rung({"vall_loss": 0.5})
