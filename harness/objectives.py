@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.errors import nearest
+
 DEFAULT_METRICS = ("coverage_shortfall", "accepted_error")
 
 # Above every finite result on the scale of `told_values`: |symlog| stays below 710 for every double.
@@ -50,13 +52,13 @@ def objective_of_rows(
     """The objective of one config from the rows of all its seeds: the mean of each metric over the seeds.
 
     A failed or diverged trial makes the config failed, a seed without a finite metric makes the mean NaN.
-    `coverage_shortfall` is computed from a row's `coverage` and `target_coverage`; other metrics are columns,
-    and ValueError names one that is missing.
+    `coverage_shortfall` is computed from a row's `coverage` and `target_coverage`; other metrics are columns.
+    ValueError names one that a trial which ended well does not have.
     """
     if not rows:
         raise ValueError("rows must hold at least one trial of the config, got none")
     failed = any(row["status"] in ("failed", "diverged") for row in rows)
-    values = tuple(_mean([row_metric(row, name) for row in rows]) for name in metrics)
+    values = tuple(math.nan if failed else _mean([row_metric(row, name) for row in rows]) for name in metrics)
     counts = [row.get("nan_count") for row in rows]
     if any(count is None or not count >= 0 for count in counts):
         failed = True  # a trial that cannot say how many NaN it met did not end well
@@ -70,7 +72,8 @@ def row_metric(row: Mapping[str, Any], name: str) -> float:
         coverage, target = row_metric(row, "coverage"), row_metric(row, "target_coverage")
         return max(0.0, target - coverage) if math.isfinite(coverage) and math.isfinite(target) else math.nan
     if name not in row:
-        raise ValueError(f"a row must have the metric {name!r}, got columns {sorted(row)}")
+        known = [column for column, value in row.items() if isinstance(value, int | float)]
+        raise ValueError(f"no trial reports the metric {name!r}{nearest(name, known)}")
     return math.nan if row[name] is None else float(row[name])
 
 

@@ -10,6 +10,7 @@ from harness.jobs import EndedTrial, TrialSpec
 from harness.objectives import Objective, objective_of_rows
 from harness.plan import Plan, plan_space
 from harness.search import Searcher, make_searcher
+from reports.metrics import parse_metric
 from search_spaces.identity import config_id, trial_id
 from trainables.configs import active_knobs, resolve_config
 
@@ -23,10 +24,9 @@ class SearchProposer:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._searcher = make_plan_searcher(plan)
+        self._metrics = [parse_metric(text).name for text in plan.search.objectives]
         self._identity = task_identity(plan)
-        self._batches: dict[
-            int, dict[str, str]
-        ] = {}  # cohort -> what the searcher calls a config -> config_id
+        self._untold: dict[str, str] = {}  # what the searcher calls a config -> config_id
         self._objectives: dict[str, Objective] = {}
         self._known: set[str] = set()
 
@@ -39,13 +39,12 @@ class SearchProposer:
         """The trials of the next batch that holds a new config; none when all configs have been drawn."""
         while configs := self._searcher.next_batch():
             cohort = self._searcher.cohort
-            names = self._batches[cohort] = {}
             specs: list[TrialSpec] = []
             for drawn in configs:
                 # A fixed knob holds for every config, also where the space would not have drawn it.
                 full = full_config({**self._plan.config, **drawn})
                 identity = self.config_id(full)
-                names[config_id(drawn)] = identity
+                self._untold[config_id(drawn)] = identity
                 if identity not in self._known:
                     self._known.add(identity)
                     specs += [
@@ -54,7 +53,7 @@ class SearchProposer:
                     ]
             if specs:
                 return specs
-            self._tell(cohort)
+            self._tell()
         return []
 
     def batch_ended(self, cohort: int, ended: Mapping[str, EndedTrial]) -> None:
@@ -63,20 +62,28 @@ class SearchProposer:
         for one in ended.values():
             rows.setdefault(one.trial.config_id, []).append(one.outcome)
         for identity, outcomes in rows.items():
-            self._objectives[identity] = objective_of_rows(
-                outcomes, self._plan.search.objectives, self._plan.ranking.nan_budget
-            )
-        self._tell(cohort)
+            budget = self._plan.ranking.nan_budget
+            try:
+                self._objectives[identity] = objective_of_rows(outcomes, self._metrics, budget)
+            except ValueError as error:
+                raise UserError(f"search.objectives: {one_line(error)}") from None
+        self._tell()
 
     def config_id(self, config: Mapping[str, Any]) -> str:
         """The identity of a config: its task and the knobs that change its training."""
         return config_id({**self._identity, **active_or_all(config)})
 
-    def _tell(self, cohort: int) -> None:
-        # Only a search that does not learn draws ahead, and may draw again what still runs in another batch.
-        names = self._batches.pop(cohort)
-        known = [(name, self._objectives.get(identity)) for name, identity in names.items()]
-        self._searcher.tell([(name, objective) for name, objective in known if objective is not None])
+    def _tell(self) -> None:
+        # A search that does not learn draws ahead, and may draw again what still runs in another batch: such
+        # a draw is told when that batch has ended.
+        results = {
+            name: self._objectives[identity]
+            for name, identity in self._untold.items()
+            if identity in self._objectives
+        }
+        for name in results:
+            del self._untold[name]
+        self._searcher.tell(results.items())
 
 
 def make_plan_searcher(plan: Plan) -> Searcher:

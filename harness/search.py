@@ -2,19 +2,18 @@
 
 A searcher goes by generations. `next_batch` gives configs that were never given before; a searcher that
 learns waits for the results of all of them, so what it draws depends on its seed and on the results alone,
-never on which trial ended first. A sweep is resumed by telling a new searcher the stored results (`replay`).
+never on which trial ended first. A sweep is resumed by telling a new searcher the stored results.
 How results become objectives is decided in `harness.objectives`, what may be drawn in `search_spaces`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import ClassVar
 
 import numpy as np
-from scipy.stats import qmc
 
 from harness.objectives import Objective
 from search_spaces.errors import nearest_hint
@@ -46,11 +45,6 @@ class Searcher(ABC):
         """Every config given so far, by id, in the order in which they were given."""
         self._open: dict[str, Config] = {}
         self._results: dict[str, Objective] = {}
-
-    @property
-    def open(self) -> list[str]:
-        """The ids of the configs whose results were not told yet, in the order in which they were drawn."""
-        return list(self._open)
 
     def next_batch(self) -> list[Config]:
         """New configs, none of them given before; empty when `count` were given or the space has no more.
@@ -147,11 +141,7 @@ class GridSearcher(Searcher):
         points_per_range: int = DEFAULT_POINTS_PER_RANGE,
     ) -> None:
         super().__init__(space, count, seed=seed, batch=batch)
-        if sum(1 for _ in islice(space.grid(points_per_range), count + 1)) > count:
-            raise ValueError(
-                f"the grid of {space.name!r} with {points_per_range} values per range has more than {count} "
-                "configs; ask for more configs, fewer values per range, or fix knobs"
-            )
+        check_grid(space, count, points_per_range)
         self._configs = space.grid(points_per_range)
 
     def _draw(self) -> Iterator[Config]:
@@ -191,21 +181,6 @@ def make_searcher(
     return SEARCHERS[name](space, count, seed=seed, batch=batch, **options)
 
 
-def replay(searcher: Searcher, known: Mapping[str, Objective]) -> list[Config]:
-    """Tell a new searcher what an earlier run measured; gives the first batch that is not wholly known.
-
-    That batch is the searcher's last; what is known of it was told, `searcher.open` names the rest. Empty
-    when the earlier run was complete.
-    """
-    while batch := searcher.next_batch():
-        searcher.tell(
-            [(config_id(config), known[config_id(config)]) for config in batch if config_id(config) in known]
-        )
-        if searcher.open:
-            break
-    return batch
-
-
 def check_settings(*, count: int, seed: int, batch: int) -> None:
     """Raise ValueError unless count and batch are at least 1 and the seed is in [0, 2**32)."""
     for name, value, least in (("count", count, 1), ("batch", batch, 1), ("seed", seed, 0)):
@@ -215,8 +190,19 @@ def check_settings(*, count: int, seed: int, batch: int) -> None:
         raise ValueError(f"seed must be < 2**32, got {seed=}")
 
 
+def check_grid(space: Space, count: int, points_per_range: int) -> None:
+    """Raise ValueError where the grid of a space holds more than `count` configs."""
+    if sum(1 for _ in islice(space.grid(points_per_range), count + 1)) > count:
+        raise ValueError(
+            f"the grid of {space.name!r} with {points_per_range} values per range has more than {count} "
+            "configs; ask for more configs, fewer values per range, or fix knobs"
+        )
+
+
 def sobol_points(dimensions: int, seed: int) -> Iterator[list[float]]:
     """Points of the unit cube of a scrambled Sobol sequence, without end (1 dimension at least is drawn)."""
+    from scipy.stats import qmc  # takes a second to load, and most searches do without
+
     sequence = qmc.Sobol(max(1, dimensions), scramble=True, seed=np.random.Generator(np.random.PCG64(seed)))
     exponent = 0
     yield sequence.random(1)[0, :dimensions].tolist()

@@ -73,7 +73,7 @@ def test_a_row_that_cannot_say_its_nan_count_did_not_end_well():
 
 def test_a_metric_that_is_not_there_is_an_error():
     """A misspelt metric is named, with the columns that there are."""
-    with pytest.raises(ValueError, match="a row must have the metric 'charged_eror', got columns"):
+    with pytest.raises(ValueError, match="no trial reports the metric 'charged_eror', did you mean"):
         objective_of_rows([row()], metrics=["charged_eror"])
     with pytest.raises(ValueError, match="at least one trial"):
         objective_of_rows([])
@@ -137,3 +137,11 @@ def test_what_is_not_a_shortfall_is_not_taken_for_one(name):
     """An error in the first place would be weighed as coverage: refused."""
     with pytest.raises(ValueError, match="the first value must be a coverage shortfall"):
         SCALARISATIONS[name]((7.5, 0.1))
+
+
+def test_a_trial_that_failed_need_not_have_the_metric():
+    """A task's own metric is unknown in a trial that never got to it; the config is told as failed."""
+    row = {"status": "failed", "nan_count": 0}
+    objective = objective_of_rows([row], ["metric.hits"])
+    assert objective.failed
+    assert not objective.finite

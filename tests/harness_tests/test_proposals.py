@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from harness.environment import trials_on_node
+from harness.errors import UserError
 from harness.jobs import EndedTrial, TrialSpec
 from harness.objectives import Objective
 from harness.plan import ResourcesSection, load_plan
@@ -118,3 +119,54 @@ def test_one_bad_seed_is_told_to_the_search(
 def test_how_many_trials_a_node_holds(has: dict[str, float], asks: dict[str, float], fits: int) -> None:
     """The scarcer of CPUs and GPUs decides."""
     assert trials_on_node(has, ResourcesSection(**asks)) == fits  # type: ignore[arg-type]
+
+
+def test_an_objective_may_say_its_direction(write_plan: Callable[..., Path]) -> None:
+    """`metric.hits:lower` reads the column metric.hits; a metric that no trial has is named."""
+    search = {"algorithm": "nsga2", "configs": 2, "batch": 2}
+    search["objectives"] = ["coverage_shortfall", "metric.hits:lower"]
+    proposer = SearchProposer(load_plan(write_plan(search=search)))
+    specs = proposer.next_batch()
+    proposer.batch_ended(0, {spec.trial_id: end(spec, **{"metric.hits": 1.0}) for spec in specs})
+    assert proposer.next_batch() == []
+    other = SearchProposer(load_plan(write_plan(search=search)))
+    specs = other.next_batch()
+    with pytest.raises(UserError, match="search.objectives: no trial reports the metric 'metric.hits'"):
+        other.batch_ended(0, {spec.trial_id: end(spec) for spec in specs})
+
+
+class CountedSearcher:
+    """A searcher that does not learn: two batches, whose draws differ in a knob without effect alone."""
+
+    learns = False
+
+    def __init__(self) -> None:
+        self.cohort = -1
+        self.told: list[str] = []
+        self._batches = [
+            [{"optimizer": "adam", "momentum": 0.5}],
+            [{"optimizer": "adam", "momentum": 0.9}, {"optimizer": "sgd", "momentum": 0.9}],
+        ]
+
+    def next_batch(self) -> list[dict[str, Any]]:
+        self.cohort += 1
+        return self._batches.pop(0) if self._batches else []
+
+    def tell(self, results: list[tuple[str, Objective]]) -> None:
+        self.told += [name for name, _ in results]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["in order", "the later batch first"])
+def test_a_config_drawn_again_while_it_trains_is_trained_once_and_told_twice(
+    first: int, write_plan: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches drawn ahead may hold a config that still runs: no second training, and no telling is lost."""
+    searcher = CountedSearcher()
+    monkeypatch.setattr("harness.proposals.make_plan_searcher", lambda plan: searcher)
+    proposer = SearchProposer(load_plan(write_plan(space=["optimizer"], seeds=[0], config={"max_epochs": 1})))
+    one, two = proposer.next_batch(), proposer.next_batch()
+    assert [len(one), len(two)] == [1, 1]
+    ended = [{spec.trial_id: end(spec) for spec in specs} for specs in (one, two)]
+    for cohort in (first, 1 - first):
+        proposer.batch_ended(cohort, ended[cohort])
+    assert len(searcher.told) == len(set(searcher.told)) == 3
