@@ -9,13 +9,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from harness.errors import UserError, nearest, one_line
+from harness.search import SEARCHERS, check_grid
 from harness.yaml_text import Document, KeyPath, read_yaml, write_yaml
 from reports.metrics import SHORTFALL, parse_metric
 from search_spaces.errors import SpaceError
@@ -23,9 +33,21 @@ from search_spaces.named import SPACES, parse_space
 from search_spaces.space import Space
 from trainables.configs import KNOB_TYPES, resolve_config
 
-Scalar = bool | int | float | str | None
+
+def check_scalar(value: Any) -> Any:
+    """One value of a knob: a finite number, text, true, false or null."""
+    plain = value is None or isinstance(value, bool | int | float | str)
+    if not plain or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"must be a finite number, text, true, false or null, got {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"must fit into 64 bits, got {value!r}")
+    return value
+
+
+# Checked by hand: a union of types would report one wrong value once for each of them.
+Scalar = Annotated[Any, AfterValidator(check_scalar)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -41,6 +63,12 @@ class TaskSection(BaseModel):
 
     name: Annotated[str, Field(min_length=1)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def check_params(cls, values: Any) -> Any:
+        """Keys become text, as in the run folder's plan and in a config's identity; numbers are finite."""
+        return text_keyed(values) if isinstance(values, Mapping) else values
+
     @property
     def params(self) -> dict[str, Any]:
         """The parameters of the task, without its name."""
@@ -55,7 +83,7 @@ class SearchSection(Section):
     batch: Count = 8
     seed: Seed = 0
     objectives: Annotated[list[str], Field(min_length=1)] = ["coverage_shortfall", "accepted_error"]
-    points_per_range: Annotated[int, Field(ge=1)] = 3  # grid alone
+    points_per_range: Annotated[int, Field(ge=1, le=1000)] = 3  # grid alone
     startup: Count = 10  # tpe alone: configs before the first that is learned
     scalarisation: Literal["lexicographic", "weighted", "total"] = "lexicographic"  # tpe alone
 
@@ -80,10 +108,26 @@ class HalvingSection(Section):
 class ResourcesSection(Section):
     """What one trial may use, how many run at once (None: all that fit), how often a lost one is retried."""
 
-    cpus_per_trial: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    cpus_per_trial: Annotated[float, Field(ge=0.01, strict=False)] = 1.0
     gpus_per_trial: Annotated[float, Field(ge=0, strict=False)] = 0.0
     max_concurrent: Count | None = None
     retries: Annotated[int, Field(ge=0)] = 3
+
+    @field_validator("cpus_per_trial", "gpus_per_trial")
+    @classmethod
+    def check_share(cls, share: float) -> float:
+        """Ray counts in ten-thousandths."""
+        if not math.isclose(share, round(share, 4), abs_tol=1e-12):
+            raise ValueError(f"must have at most 4 decimals, got {share}")
+        return share
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def check_gpus(cls, gpus: float) -> float:
+        """A trial shares one GPU with others, or has whole ones."""
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"must be a whole number above 1, got {gpus}")
+        return gpus
 
 
 class RankingSection(Section):
@@ -97,7 +141,7 @@ class Plan(Section):
     """One sweep, wholly: the same plan gives the same rows on any machine with the same library versions."""
 
     task: TaskSection
-    space: str | list[str] | dict[str, Any]
+    space: Any  # read by `search_spaces.named.parse_space`, which says what is wrong with it
     config: dict[str, Scalar] = {}
     search: SearchSection = SearchSection()
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
@@ -152,6 +196,7 @@ def load_plan(path: Path) -> Plan:
     space = read_space(plan, document)
     check_knobs(plan, space, document)
     check_names(plan, document)
+    check_search(plan, document)
     varying = set(space.domains) - set(plan.config)
     fixed = {name: value for name, value in resolve_config({}).items() if name not in varying}
     base = (path.resolve().parent / plan.base_dir).resolve()
@@ -187,11 +232,13 @@ def read_space(plan: Plan, document: Document) -> Space:
 
 def knob_place(document: Document, problem: str) -> str:
     """The place of the knob or space that a sentence speaks of first, else of the plan's space."""
+    places = {at: place for at, place in document.value_places.items() if len(at) > 1}
     for word in problem.replace("'", " ").replace(":", " ").split():
-        for path, place in document.value_places.items():
-            inside = len(path) > 1 and path[0] in ("space", "config")
-            if inside and word in (path[-1], document.value_at(path)):
-                return f"{document.path}:{place[0]}:{place[1]}"
+        found = [at for at in places if at[0] == "config" and at[-1] == word]
+        found += [at for at in places if at[0] == "space" and word in (at[-1], document.value_at(at))]
+        if found:
+            line, column = places[found[0]]
+            return f"{document.path}:{line}:{column}"
     return document.place(("space",))
 
 
@@ -212,20 +259,9 @@ def check_knobs(plan: Plan, space: Space, document: Document) -> None:
 
 
 def check_names(plan: Plan, document: Document) -> None:
-    """Refuse names that stand for nothing: search algorithm, objectives, ranking metrics, halving metric."""
-    lines = []
-    for index, text in enumerate(plan.ranking.by or []):
-        try:
-            parse_metric(text)
-        except ValueError as error:
-            lines.append(f"{document.place(('ranking', 'by', index))}: {one_line(error)}")
-    for index, text in enumerate(plan.search.objectives):
-        at = document.place(("search", "objectives", index))
-        try:
-            if parse_metric(text).direction != "lower":
-                lines.append(f"{at}: an objective must be better when lower, got {text!r}")
-        except ValueError as error:
-            lines.append(f"{at}: {one_line(error)}")
+    """Refuse metrics that stand for nothing: objectives, ranking metrics, halving metric."""
+    lines = metric_lines(document, ("ranking", "by"), plan.ranking.by or [], lower=False)
+    lines += metric_lines(document, ("search", "objectives"), plan.search.objectives, lower=True)
     if plan.search.scalarisation != "total" and plan.search.objectives[0] != SHORTFALL:
         at = document.place(("search", "objectives"))
         lines.append(
@@ -241,6 +277,37 @@ def check_names(plan: Plan, document: Document) -> None:
         lines.append(f"{at}: no epoch reports {halving.metric!r}{hint} (known: {', '.join(HISTORY_METRICS)})")
     if lines:
         raise_lines(lines)
+
+
+def metric_lines(document: Document, at: KeyPath, texts: Sequence[str], *, lower: bool) -> list[str]:
+    """What is wrong with a list of metrics, a line each; with `lower`, each must be better when lower."""
+    lines = []
+    names: set[str] = set()
+    for index, text in enumerate(texts):
+        place = document.place((*at, index))
+        try:
+            metric = parse_metric(text)
+        except ValueError as error:
+            lines.append(f"{place}: {one_line(error)}")
+            continue
+        if lower and metric.direction != "lower":
+            lines.append(f"{place}: an objective must be better when lower, got {text!r}")
+        if metric.name in names:
+            lines.append(f"{place}: a metric must be named once, got {metric.name!r} again")
+        names.add(metric.name)
+    return lines
+
+
+def check_search(plan: Plan, document: Document) -> None:
+    """Refuse an algorithm that does not exist, or that cannot do with the objectives."""
+    algorithm, objectives = plan.search.algorithm, plan.search.objectives
+    if algorithm not in SEARCHERS:
+        place = document.place(("search", "algorithm"))
+        hint = f"{nearest(algorithm, SEARCHERS)} (known: {', '.join(SEARCHERS)})"
+        raise_lines([f"{place}: unknown search algorithm {algorithm!r}{hint}"])
+    if algorithm == "nsga2" and len(objectives) < 2:
+        place = document.place(("search", "objectives"))
+        raise_lines([f"{place}: nsga2 needs at least 2 objectives, got {len(objectives)}"])
 
 
 def check_samples(plan: Plan, document: Document) -> None:
@@ -262,11 +329,34 @@ def check_samples(plan: Plan, document: Document) -> None:
             resolve_config(space.sample([u] * len(space.dimensions)))
         except (ValueError, TypeError) as error:
             raise_lines([f"{knob_place(document, one_line(error))}: {one_line(error)}"])
+    if plan.search.algorithm == "grid":
+        try:
+            check_grid(space, plan.search.configs, plan.search.points_per_range)
+        except ValueError as error:
+            raise_lines([f"{document.place(('search', 'configs'))}: {one_line(error)}"])
 
 
-def is_above(low: Scalar, high: Scalar) -> bool:
+def is_above(low: object, high: object) -> bool:
     """Whether both are numbers and the first is the larger."""
     return isinstance(low, int | float) and isinstance(high, int | float) and low > high
+
+
+def text_keyed(value: Any) -> Any:
+    """The value with the keys of all its mappings as text, spelled as YAML spells them."""
+    if isinstance(value, Mapping):
+        return {key_text(key): text_keyed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [text_keyed(item) for item in value]
+    return value if isinstance(value, str) else check_scalar(value)
+
+
+def key_text(key: Any) -> str:
+    """A key of a mapping as text.
+
+    >>> key_text(True), key_text(3), key_text(None)
+    ('true', '3', 'null')
+    """
+    return key if isinstance(key, str) else json.dumps(key)
 
 
 def raise_lines(lines: Sequence[str]) -> NoReturn:

@@ -101,8 +101,13 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def read_run_id(out: Path) -> str:
-    """The identity that the run was given when its folder was made."""
-    return str(json.loads((out / PROVENANCE_FILE).read_text(encoding="utf-8"))["run_id"])
+    """The identity that the run was given when its folder was made; a damaged run is a `UserError`."""
+    path = out / PROVENANCE_FILE
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = f"{path} does not say which run this is: {type(error).__name__}: {one_line(error)}"
+        raise UserError(text, EXIT_RUN_FOLDER) from None
 
 
 def read_written(out: Path) -> dict[str, WrittenTrial]:

@@ -100,10 +100,11 @@ def check_data(plan: Plan) -> dict[int, str]:
     digests = {}
     for seed in plan.seeds:
         try:
-            digests[seed] = load_task(task_spec(plan), seed).data_digest
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the ranking, whatever a task prints
+                digests[seed] = load_task(task_spec(plan), seed).data_digest
         except TaskError as error:
             raise UserError(f"task: {one_line(error)}") from None
-        except Exception as error:  # a user's own task may raise anything; it is his to read
+        except (Exception, SystemExit) as error:  # a user's own task may raise anything; it is his to read
             raise UserError(f"task {plan.task.name}: {one_line(error_line(error))}") from None
     return digests
 
@@ -139,6 +140,7 @@ def make_board(
         failed=failed_trial,
         rungs=RungBoard(halving.rungs, halving.eta, halving.mode) if halving else None,
         rung_metric=halving.metric if halving else "val_loss",
+        nan_budget=plan.ranking.nan_budget,
         retries=plan.resources.retries,
         known={trial_id: (trial.row, trial.history) for trial_id, trial in written.items()},
     )

@@ -221,8 +221,7 @@ def error_text(trial: Trial) -> str:
     """The last error of a Tune trial as one line."""
     error: Any = trial.get_pickled_error() or trial.get_error()
     cause = getattr(error, "cause", None) or error
-    text = one_line(cause) if cause is not None else "unknown error"
-    return f"{type(cause).__name__}: {text}"[:500]
+    return f"{type(cause).__name__}: {one_line(cause)}"[:500] if cause is not None else "its worker ended"
 
 
 @contextmanager

@@ -58,8 +58,12 @@ def read_yaml(path: Path) -> Document:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    keys: dict[KeyPath, tuple[int, int]] = {}
+    values: dict[KeyPath, tuple[int, int]] = {}
     try:
-        loaded = YAML(typ="rt", pure=True).load(text)
+        plain = to_plain(YAML(typ="rt", pure=True).load(text), (), keys, values)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply, or an anchor that holds itself") from None
     except DuplicateKeyError as error:
         raise UserError(f"{marked_place(path, error)}: {one_line(error.problem)}") from None
     except MarkedYAMLError as error:
@@ -68,9 +72,7 @@ def read_yaml(path: Path) -> Document:
         ) from None
     except YAMLError as error:
         raise UserError(f"{path}: not YAML: {one_line(error)}") from None
-    keys: dict[KeyPath, tuple[int, int]] = {}
-    values: dict[KeyPath, tuple[int, int]] = {}
-    return Document(path, to_plain(loaded, (), keys, values), keys, values)
+    return Document(path, plain, keys, values)
 
 
 def marked_place(path: Path, error: MarkedYAMLError) -> str:
@@ -90,10 +92,12 @@ def to_plain(
         plain = {}
         for key, value in node.items():
             inner = (*at, plain_scalar(key))
-            line, column = node.lc.key(key)
-            keys[inner] = (line + 1, column + 1)
-            line, column = node.lc.value(key)
-            values[inner] = (line + 1, column + 1)
+            if key in node.lc.data:
+                line, column, value_line, value_column = node.lc.data[key]
+                keys[inner] = (line + 1, column + 1)
+                values[inner] = (value_line + 1, value_column + 1)
+            else:  # merged in by <<, it has no place of its own
+                keys[inner] = values[inner] = values.get(at, (1, 1))
             plain[inner[-1]] = to_plain(value, inner, keys, values)
         return plain
     if isinstance(node, CommentedSeq):

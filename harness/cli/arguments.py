@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from harness.errors import EXIT_BAD_INPUT, UserError
 
+TOP = 10
+
 
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `UserError` (exit code 2) where argparse would print and exit."""
@@ -20,3 +22,12 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)", EXIT_BAD_INPUT)
+
+
+def parse_top(text: str) -> int | None:
+    """How many configs to print: a positive number, or all (None)."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number or all, got {text!r}")
+    return int(text)

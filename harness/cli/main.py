@@ -7,6 +7,7 @@ command is called, so that `--help` and the commands that only read Parquet star
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of the user are printed, one line each, to stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run_command(arguments)
+        code = run_command(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
+        return code
     except UserError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
@@ -92,4 +95,6 @@ def help_text() -> str:
 
 def entry() -> None:
     """The console script `scm-harness`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± gets a question mark
     sys.exit(main())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.arguments import CommandParser
+from harness.cli.arguments import TOP, CommandParser, parse_top
 from harness.errors import EXIT_BAD_INPUT, EXIT_NOTHING_COMPLETED, EXIT_OK, EXIT_RUN_FOLDER, UserError
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
     from reports.ranking import RankingOptions
 
-TOP = 10
 PLAN_FILE = "plan.yaml"
 
 
@@ -36,7 +34,7 @@ def make_parser() -> CommandParser:
         metavar="METRIC[,METRIC...]",
         help="objectives of the fronts; a task's own metric needs its direction, as in metric.hits:higher",
     )
-    add("--top", type=_top, default=TOP, metavar="N", help=f"configs to print, or all (default {TOP})")
+    add("--top", type=parse_top, default=TOP, metavar="N", help=f"configs to print, or all (default {TOP})")
     add("--nan-budget", type=int, metavar="N", help="non-finite values that a config may have met")
     add("--failed-budget", type=int, metavar="N", help="trials of a config that may go wrong (default 0)")
     add("--target-coverage", type=float, metavar="C", help="one target for all, not each config's own")
@@ -143,11 +141,3 @@ def plain_rows(leaderboard: pa.Table) -> list[dict[str, Any]]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _top(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number or all, got {text!r}")
-    return int(text)

@@ -6,10 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.cli.arguments import CommandParser
+from harness.cli.arguments import TOP, CommandParser, parse_top
 from harness.errors import EXIT_INTERRUPTED
-
-TOP = 10
 
 
 def make_parser() -> CommandParser:
@@ -27,7 +25,9 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in DIR: only what is missing runs"
     )
-    parser.add_argument("--top", type=int, default=TOP, metavar="N", help=f"configs to print (default {TOP})")
+    parser.add_argument(
+        "--top", type=parse_top, default=TOP, metavar="N", help=f"configs to print, or all (default {TOP})"
+    )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from harness.cli.main import COMMANDS, main
-from harness.errors import EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_OK, EXIT_RUN_FOLDER
+from harness.errors import EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_OK, EXIT_RUN_FOLDER, UserError
+from harness.run_folder import read_run_id
 
 TABLE = {
     "name": "table",
@@ -182,6 +184,61 @@ def test_run_folders_that_cannot_be_used(
         assert words in line
     assert sorted(path.name for path in full.iterdir()) == ["mine.txt"]
     assert file.read_text(encoding="utf-8") == "keep"
+
+
+OWN_TASKS = """
+import sys
+
+def leaves(params):
+    print("hello from the task")
+    sys.exit(0)
+
+def prints(params):
+    print("hello from the task")
+    raise ValueError("two\\nlines")
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("leaves", "SystemExit: 0"), ("prints", "ValueError: two lines")])
+def test_a_task_that_prints_and_does_not_start(
+    name: str, said: str, write_plan: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it raises, sys.exit(0) included, is one line and exit code 2; stdout is for the ranking."""
+    (tmp_path / f"own_task_{name}.py").write_text(OWN_TASKS, encoding="utf-8")
+    plan = write_plan(task={"name": f"own_task_{name}:{name}"})
+    assert main(["sweep", str(plan), "--out", str(tmp_path / "out")]) == EXIT_BAD_INPUT
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[0] == "hello from the task"
+    assert said in err.splitlines()[1]
+    assert len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("top", ["0", "-1", "many", "²"])
+def test_a_wrong_number_of_configs_to_print(top: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused before anything runs, and not after the sweep."""
+    assert main(["sweep", "plan.yaml", f"--top={top}"]) == EXIT_BAD_INPUT
+    assert "must be a positive number or all" in one_error(capsys)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"run_id"'])
+def test_a_run_that_lost_its_identity(text: str | None, tmp_path: Path) -> None:
+    """A missing or damaged provenance file is one line and exit code 4."""
+    if text is not None:
+        (tmp_path / "provenance.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="provenance.json does not say which run this is") as caught:
+        read_run_id(tmp_path)
+    assert caught.value.exit_code == EXIT_RUN_FOLDER
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`scm-harness spaces | head` ends without a word about the pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "harness.cli", "spaces"]
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_OK, "")
 
 
 def test_resume_without_a_run(

@@ -9,6 +9,7 @@ import pytest
 
 from harness.errors import EXIT_BAD_INPUT, UserError
 from harness.plan import load_plan, plan_differences, plan_digest, plan_space, plan_text
+from harness.proposals import SearchProposer
 from trainables.configs import KNOB_TYPES, resolve_config
 
 HEAD = "task: {name: table, data: data.csv, inputs: [x], target: y}\n"
@@ -84,6 +85,61 @@ def problems(tmp_path: Path, text: str) -> list[str]:
             ["3:23: an objective must be better when lower", "3:22: scalarisation 'lexicographic' needs"],
         ),
         (HEAD + "space: [optimizer\n", ["3:1: not YAML"]),
+        (
+            HEAD + "space: [optimizer]\nsearch: {algorithm: randm}\n",
+            ["3:21: unknown search algorithm 'randm', did you mean 'random'? (known: random, grid"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nsearch: {algorithm: grid, configs: 4}\n",
+            ["3:36: the grid of 'optimizer' with 3 values per range has more than 4 configs"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nsearch: {algorithm: nsga2, objectives: [coverage_shortfall]}\n",
+            ["3:40: nsga2 needs at least 2 objectives, got 1"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nsearch: {points_per_range: 1000000000, batch: 99999999999}\n",
+            ["3:28: search.points_per_range", "3:47: search.batch"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nconfig: {learning_rate: .nan, beta1: [1], batch_size: 1.5}\n",
+            ["3:25: config.learning_rate: must be a finite number", "3:38: config.beta1: must be"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nconfig: {max_epochs: 100000000000000000000}\n",
+            ["3:22: config.max_epochs: must fit into 64 bits"],
+        ),
+        (HEAD + "space: [optimizer]\nconfig: {optimizer: adm}\n", ["3:21: optimizer must be one of adam"]),
+        (
+            HEAD + "space: [tau_ranges]\nconfig: {tau_infer: 0.9}\n",
+            ["3:21: tau_infer has no value <= 0.3, which tau_train_min would need"],
+        ),
+        (HEAD + "space: 5\n", ["2:8: a space must be a name, a list of names or a mapping, got 5"]),
+        (HEAD + "space: [tau_ranges, [x]]\n", ["2:22: unknown space ['x']"]),
+        (HEAD + "space: {domains: [1]}\n", ["2:18: domains must map at least one knob"]),
+        (HEAD + "space: {use: [tau_ranges], constraints: a < b}\n", ["2:8: a constraint must read 'a <= b'"]),
+        (HEAD + "space: {use: [tau_ranges], constraints: 5}\n", ["2:8: a constraint must read 'a <= b'"]),
+        (
+            HEAD + "space: {max_epochs: {type: int, low: 1, high: 100000000000000000000}}\n",
+            ["2:21: max_epochs: high must fit into 64 bits"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nranking: {by: [coverage, 'coverage:higher']}\n",
+            ["3:26: a metric must be named once, got 'coverage' again"],
+        ),
+        (
+            HEAD + "space: [optimizer]\nresources: {cpus_per_trial: 1e-9, gpus_per_trial: 1.5}\n",
+            [
+                "3:29: resources.cpus_per_trial: input",
+                "3:51: resources.gpus_per_trial: must be a whole number",
+            ],
+        ),
+        (
+            HEAD + "space: [optimizer]\nresources: {cpus_per_trial: 0.33333}\n",
+            ["3:29: resources.cpus_per_trial: must have at most 4 decimals"],
+        ),
+        ("task: {name: table, split_seed: .nan}\nspace: [optimizer]\n", ["1:7: task: must be a finite"]),
+        ("a: &a {b: *a}\n" + HEAD + "space: [optimizer]\n", ["1:1: unknown key 'a'"]),
         (HEAD + "space: [optimizer]\nspace: [tau_ranges]\n", ["3:1: found duplicate key"]),
         (
             HEAD + "spaces: [optimizer]\nseeds: [-1]\nsearch: {batch: many}\n",
@@ -143,3 +199,28 @@ def test_a_knob_in_config_is_held_fixed_though_the_space_varies_it(write_plan: C
     space = plan_space(plan)
     assert "tau_infer" not in space.dimensions
     assert space.sample([0.5] * len(space.dimensions))["tau_infer"] == 1e-3
+
+
+def test_keys_that_are_merged_in_have_their_parents_place(tmp_path: Path) -> None:
+    """YAML's << brings keys without a place of their own; what is wrong with them is still one line."""
+    found = problems(tmp_path, HEAD + "space: [optimizer]\nconfig: {<<: {max_epochs: 0}, batch_size: 16}\n")
+    assert len(found) == 1
+    assert found[0].startswith("3:9: max_epochs must be >= 1")
+
+
+def test_an_anchor_that_holds_itself_is_one_line(tmp_path: Path) -> None:
+    """A document without an end is refused as such."""
+    (tmp_path / "bad.yaml").write_text("task: &t\n  name: &n [*n]\n  data: *t\n", encoding="utf-8")
+    with pytest.raises(UserError, match="nested too deeply|task"):
+        load_plan(tmp_path / "bad.yaml")
+
+
+def test_keys_of_a_task_are_text(tmp_path: Path) -> None:
+    """A map from true, 0 and 1 means the same in the plan, in the run folder and in a config's identity."""
+    text = "task: {name: table, status: {column: c, values: {TRUE: finite, 0: bottom}}}\nspace: [optimizer]\n"
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert plan.task.params["status"]["values"] == {"true": "finite", "0": "bottom"}
+    (tmp_path / "again.yaml").write_text(plan_text(plan), encoding="utf-8")
+    assert load_plan(tmp_path / "again.yaml").task.params == plan.task.params
+    assert SearchProposer(plan).next_batch()
