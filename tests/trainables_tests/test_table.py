@@ -386,3 +386,25 @@ def test_empty_parquet_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": pa.array([], pa.float64())}), tmp_path / "empty.parquet")
     with pytest.raises(TaskError, match="must hold rows"):
         make_table_task({"data": str(tmp_path / "empty.parquet"), "inputs": ["x"], "target": "y"})
+
+
+def test_a_target_far_outside_the_training_range_is_refused(write_csv: WriteCsv) -> None:
+    """Scaled by the training rows it would be infinite for the model; the row of the file is named."""
+    columns = {"x": X, "y": [*Y[:18], 1e300, 1.0], "s": ["train"] * 16 + ["val", "test"] * 2}
+    with pytest.raises(TaskError, match=r"must stay within float32 .* got 1e\+300 in row 19"):
+        table(write_csv, columns, split={"column": "s"})
+
+
+def test_a_column_that_has_no_text_is_no_category(tmp_path: Path) -> None:
+    """A list in a cell is refused also where the plan says that it is a category."""
+    pq.write_table(pa.table({"x": [[1, 2]] * 20, "y": Y}), tmp_path / "lists.parquet")
+    params = {"data": str(tmp_path / "lists.parquet"), "inputs": "x", "target": "y"}
+    with pytest.raises(TaskError, match="column 'x' must hold text, got the type list"):
+        make_table_task(params | {"types": {"x": "categorical"}})
+
+
+def test_column_names_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    """A header that is not UTF-8 is said to be that."""
+    (tmp_path / "latin.csv").write_bytes("größe,y\n1,2\n".encode("latin-1"))
+    with pytest.raises(TaskError, match="names of the columns must be UTF-8, got b'gr"):
+        make_table_task({"data": str(tmp_path / "latin.csv"), "inputs": "x", "target": "y"})

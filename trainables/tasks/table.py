@@ -234,11 +234,17 @@ class TableTask:
             value, status = value[:, 0], status[:, 0]
         finite = status == STATUS_CODES["finite"]
         payload = self._transformed(np.where(finite, value, 1.0))
-        standardised = (torch.from_numpy(payload) - self._centre) / self._scale
+        standardised = ((torch.from_numpy(payload) - self._centre) / self._scale).to(torch.float32)
+        beyond = np.argwhere(finite & ~standardised.isfinite().numpy())
+        if beyond.size:
+            raise TaskError(
+                "a target must stay within float32 when scaled as the training split is, got "
+                f"{value[tuple(beyond[0])]} in row {rows[beyond[0][0]] + 1}"
+            )
         codes = torch.from_numpy(status)
         return Split(
             inputs=torch.from_numpy(inputs[rows]).to(torch.float32),
-            targets=lift_semantic_targets(standardised.to(torch.float32), codes),
+            targets=lift_semantic_targets(standardised, codes),
             extras={"value": torch.from_numpy(value), "status": codes},
         )
 

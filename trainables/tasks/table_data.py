@@ -64,13 +64,16 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pa.Table:
             )
         else:
             raise TaskError(f"the data file must end in .csv, .tsv, .parquet or .pq, got {path}")
+        names = table.column_names
+    except UnicodeDecodeError as error:
+        raise TaskError(f"the names of the columns must be UTF-8, got {error.object!r} in {path}") from error
     except (pa.ArrowException, OSError) as error:
         if path.stat().st_size == 0:
             raise TaskError(f"the data file must hold rows, got the empty file {path}") from error
         raise TaskError(f"cannot read {path}: {error}") from error
     if table.num_rows == 0:
         raise TaskError(f"the data file must hold rows, got {path} with a header alone")
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TaskError(f"column names must be unique, got {twice[0]!r} more than once in {path}")
     return table
@@ -91,7 +94,10 @@ def read_input(table: pa.Table, name: str, kind: str | None) -> InputColumn:
         column = column.cast(column.type.value_type)
     kind = kind or _kind_of(name, column.type)
     if kind == "categorical":
-        texts = column.cast(pa.string()).to_pylist()
+        try:
+            texts = column.cast(pa.string()).to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise TaskError(f"column {name!r} must hold text, got the type {column.type}: {error}") from error
         return InputColumn(name, kind, np.array(texts, dtype=object))
     if kind == "date":
         return InputColumn(name, kind, _days(name, column))
@@ -262,7 +268,7 @@ def _kind_of(name: str, kind: pa.DataType) -> str:
         return "numeric"
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         return "date"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return "categorical"
     if pa.types.is_null(kind):
         return "numeric"  # a column without a value; the rule for missing inputs speaks about it
