@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class AdaptiveSampler:
     State is float32 on `device`; draws come from a generator of the sampler's own, so that no other stream of
     random numbers moves. Drawing changes the objective from a mean over rows to a weighted one; multiply
     losses by `importance_weights` of the drawn rows to have the mean back.
+
+    Iterating over it is an epoch: the rows are drawn when it begins, so that an `update` acts on the next
+    one, and the place in it is part of the state, so that a trainer's checkpoint goes on in mid-epoch.
     """
 
     def __init__(
@@ -76,6 +79,10 @@ class AdaptiveSampler:
             raise ValueError("dataset must have at least one row, got 0")
         self._probabilities = torch.zeros(rows, dtype=torch.float32, device=device)
         self._bottom = torch.zeros(rows, dtype=torch.float32, device=device)
+        self._order = torch.zeros(0, dtype=torch.int64)  # the rows of the epoch under way
+        self._worker_seed = 0
+        self._position = 0  # batches handed out of it
+        self._resume = False
 
     def __len__(self) -> int:
         return len(self._probabilities)
@@ -144,7 +151,18 @@ class AdaptiveSampler:
         return DataLoader(self.dataset, **{**settings, **overrides})
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.dataloader())
+        if not self._resume:
+            self._order = self.draw(len(self))[0].cpu()
+            self._worker_seed = int(torch.randint(2**62, (), generator=self.generator))
+            self._position = 0
+        self._resume = False
+        left = self._order[self._position * self.config.batch_size :]
+        # The loader draws too; from this generator, so that a resumed epoch ends where it would have.
+        own = torch.Generator().manual_seed(self._worker_seed)
+        for batch in self.dataloader(sampler=left.tolist(), generator=own):
+            self._position += 1
+            yield batch
+        self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on, as tensors and ints."""
@@ -153,10 +171,16 @@ class AdaptiveSampler:
             "probabilities": self._probabilities.detach().cpu().clone(),
             "bottom": self._bottom.detach().cpu().clone(),
             "generator": self.generator.get_state(),
+            "order": self._order.clone(),
+            "worker_seed": self._worker_seed,
+            "position": self._position,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; ValueError for another version or another number of rows."""
+        """Continue from `state_dict`, an epoch under way included.
+
+        ValueError for another version or another number of rows.
+        """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(
                 f"sampler state must be of version {_STATE_VERSION}, got {state.get('version')!r}"
@@ -167,6 +191,10 @@ class AdaptiveSampler:
         self._probabilities = state["probabilities"].to(device).clone()
         self._bottom = state["bottom"].to(device).clone()
         self.generator.set_state(state["generator"].cpu())
+        self._order = state["order"].cpu().clone()
+        self._worker_seed = int(state["worker_seed"])
+        self._position = int(state["position"])
+        self._resume = self._position > 0
 
     def _rows(self, indices: Tensor | None) -> Tensor | None:
         if indices is None:

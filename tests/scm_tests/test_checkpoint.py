@@ -26,6 +26,7 @@ from scm.training import checkpoint as checkpoint_module
 from scm.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from scm.training.loader import TensorBatches
 from scm.training.objective import ProjectiveObjective
+from scm.training.sampler import AdaptiveSampler, AdaptiveSamplerConfig
 from scm.training.targets import lift_semantic_targets
 from scm.training.trainer import SCMTrainer, TrainingConfig
 
@@ -80,6 +81,9 @@ class NoisyRows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return self.x[row] + 0.1 * noise, self.y[row]
 
 
+LOADERS = ("resident", "adaptive", "list", "own generator", "global generator")
+
+
 def make_rows() -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, values, and statuses of which some are bottoms, missing and faults."""
     drawn = torch.Generator().manual_seed(2)
@@ -94,6 +98,12 @@ def make_loader(kind: str) -> Any:
     if kind == "resident":
         order = torch.Generator().manual_seed(7)
         return TensorBatches(x, lift_semantic_targets(y, codes), BATCH, generator=order)
+    if kind == "adaptive":
+        sampler = AdaptiveSampler(
+            torch.utils.data.TensorDataset(x, y), AdaptiveSamplerConfig(batch_size=BATCH)
+        )
+        sampler.update(torch.linspace(0, 1, ROWS))
+        return sampler
     if kind == "list":
         return [(a, b) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)]
     own = torch.Generator().manual_seed(7) if kind == "own generator" else None
@@ -210,7 +220,7 @@ CHOICES = st.fixed_dictionaries(
         "accumulation": st.sampled_from([1, 2, 4]),
         "amp": st.booleans(),
         "policy": st.sampled_from([None, "clamp", "project", "reject", "pass"]),
-        "loader": st.sampled_from(["resident", "list", "own generator", "global generator"]),
+        "loader": st.sampled_from(sorted(LOADERS)),
         "seed": st.sampled_from([None, 5]),
     }
 )
@@ -223,6 +233,7 @@ def check_resumption(choices: dict[str, Any], after: int, folder: Path) -> None:
     assert_equal(train_interrupted(choices, folder / "c.pt", after), expected)
 
 
+@example(choices={**DEFAULTS, "loader": "adaptive"}, after=9)
 @example(choices={**DEFAULTS, "accumulation": 1}, after=6)  # nothing is left of the epoch but its end
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choices=CHOICES, after=AFTER)
@@ -243,7 +254,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_widely(
     check_resumption(choices, after, tmp_path)
 
 
-@pytest.mark.parametrize("loader", ["resident", "list", "own generator", "global generator"])
+@pytest.mark.parametrize("loader", sorted(LOADERS))
 @pytest.mark.parametrize("seed", [None, 5])
 def test_every_epoch_may_be_the_last_before_a_pause(loader: str, seed: int | None, tmp_path: Path) -> None:
     """Saved between epochs, each epoch by a trainer of its own: the same bits in the end."""

@@ -123,7 +123,7 @@ def test_draws_leave_the_global_stream_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = [batch[0].tolist() for batch in updated(20)]
-    second = [batch[0].tolist() for batch in updated(20).dataloader(batch_size=32)]
+    second = [batch[0].tolist() for batch in updated(20)]
     assert torch.equal(torch.get_rng_state(), before)
     assert first == second
     assert sum(len(batch) for batch in first) == 20
@@ -147,6 +147,38 @@ def test_a_restored_sampler_draws_what_the_original_draws():
     restored = AdaptiveSampler(rows(5), seed=99)
     restored.load_state_dict(state)
     assert torch.equal(restored.draw(50)[0], expected)
+
+
+@pytest.mark.parametrize("read", [0, 1, 3, 4])
+def test_an_epoch_goes_on_where_it_was_left(read):
+    """After any batch, also the last: the rows that were left, and then the epoch that would have come."""
+    sampler = updated(10, batch_size=3)
+    iterator = iter(sampler)
+    for _ in range(read):
+        next(iterator)
+    state = sampler.state_dict()
+    expected = [batch[0].tolist() for batch in iterator] if read else []
+    expected += [batch[0].tolist() for batch in sampler]
+    restored = AdaptiveSampler(rows(10), AdaptiveSamplerConfig(batch_size=3), seed=99)
+    restored.load_state_dict(state)
+    got = [batch[0].tolist() for batch in restored] if read else []
+    got += [batch[0].tolist() for batch in restored]
+    assert got == expected
+
+
+def test_an_update_acts_on_the_next_epoch():
+    """The rows of an epoch are drawn when it begins."""
+    plain, disturbed = updated(30, batch_size=10, gamma=1.0), updated(30, batch_size=10, gamma=1.0)
+    expected = [[batch[0].tolist() for batch in plain] for _ in range(2)]
+    got = []
+    for _ in range(2):
+        epoch = []
+        for batch in disturbed:
+            epoch.append(batch[0].tolist())
+            disturbed.update(torch.linspace(0, 1, 30), torch.linspace(0, 1, 30) > 0.1)
+        got.append(epoch)
+    assert got[0] == expected[0]
+    assert got[1] != expected[1]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +206,7 @@ def test_a_restored_sampler_draws_what_the_original_draws():
             lambda: updated(3).load_state_dict(updated(5).state_dict()),
             "sampler state must have 3 rows, got 5",
         ),
-        (lambda: updated().load_state_dict({"version": 0}), "sampler state must be of version 1, got 0"),
+        (lambda: updated().load_state_dict({"version": 0}), "sampler state must be of version 2, got 0"),
         (lambda: singularity_prob(torch.ones(1), 1e-4, 0.0), "beta must be > 0"),
         (lambda: ema_update(torch.ones(2), torch.ones(1)), "previous and current must have one shape"),
         (lambda: ema_update(torch.ones(1), torch.ones(1), 2.0), r"gamma must be in \(0, 1\]"),
