@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -82,6 +83,7 @@ class SCMTrainer:
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.train_loader = train_loader
+        self._check_learning_rate()
         self.scheduler = usable_scheduler(
             scheduler, self.config.scheduler_cadence, validates=self.config.val_loader is not None
         )
@@ -109,6 +111,17 @@ class SCMTrainer:
         self._tau_generator = generator(self.config.seed or 0, "tau")
         self._clock = StepClock(self.device)
         self._begin_history()
+
+    def _check_learning_rate(self) -> None:
+        """Say that a learning rate in the config is not the one that trains, where they differ."""
+        told, default = self.config.learning_rate, TrainingConfig.learning_rate
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if told != default and told not in rates:
+            warnings.warn(
+                f"TrainingConfig.learning_rate={told} trains nothing, the optimizer's own does: {rates}",
+                DeprecationWarning,
+                stacklevel=3,
+            )
 
     def _begin_history(self) -> None:
         self.current_epoch = 0  # the next one to run, 0-based
@@ -162,11 +175,13 @@ class SCMTrainer:
         if self.status == "completed" and self.current_epoch < self.config.max_epochs:
             self._reopen()
         left = self.config.max_epochs - self.current_epoch
-        if left > 1 and self.status == "running" and isinstance(self.train_loader, Iterator):
-            raise ValueError(
-                f"train_loader can be read once only, and {left} epochs are left: "
-                "give a list, a DataLoader or TensorBatches instead of an iterator"
-            )
+        loaders = {"train_loader": self.train_loader, "val_loader": self.config.val_loader}
+        for name, loader in loaders.items():
+            if left > 1 and self.status == "running" and isinstance(loader, Iterator):
+                raise ValueError(
+                    f"{name} can be read once only, and {left} epochs are left: "
+                    "give a list, a DataLoader or TensorBatches instead of an iterator"
+                )
         while self.status == "running" and self.current_epoch < self.config.max_epochs:
             yield self._run_epoch()
 

@@ -55,6 +55,7 @@ def fit_loss(outputs: tuple[Tensor, Tensor], lifted: tuple[Tensor, Tensor], *, i
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, foreach=True),
     "fused adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
 }
 GOOD = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)

@@ -584,6 +584,24 @@ def test_a_loader_that_can_be_read_once_only_is_refused() -> None:
     assert len(make_trainer(once(), max_epochs=1).fit()) == 1
 
 
+def test_a_validation_that_can_be_read_once_only_is_refused() -> None:
+    """A validation of the first epoch alone would judge the others by nothing."""
+    x, y = make_rows(6)
+    with pytest.raises(ValueError, match="val_loader can be read once only, and 2 epochs are left"):
+        make_trainer([(x, y)], val_loader=iter([(x, y)]), max_epochs=2).fit()
+    once = make_trainer([(x, y)], val_loader=iter([(x, y)]))
+    once.fit()
+    assert len(once.val_history) == 1
+
+
+def test_a_learning_rate_that_trains_nothing_is_said() -> None:
+    """The optimizer brings its own rate; another one in the config is a warning, an equal one is not."""
+    x, y = make_rows(6)
+    with pytest.warns(DeprecationWarning, match=r"learning_rate=0.5 trains nothing, .* \[0.05\]"):
+        make_trainer([(x, y)], learning_rate=0.5)
+    make_trainer([(x, y)], learning_rate=0.05)
+
+
 def test_a_loader_that_runs_dry_is_an_error() -> None:
     """A re-iterable that gives nothing the second time does not pass for a training."""
     x, y = make_rows()
@@ -615,6 +633,28 @@ def test_logging_is_as_dense_as_asked() -> None:
     assert [record for record in sparse if record["phase"] == "train"] == [trained[2], trained[5]]
     assert [r for r in sparse if r["phase"] == "eval"] == [r for r in dense if r["phase"] == "eval"]
     assert [record["step"] for record in dense] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+@pytest.mark.parametrize(("interval", "reads"), [(None, 1), (1, 9), (4, 3), (9, 1)])
+def test_metrics_are_read_when_logging_is_due(
+    interval: int | None, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight micro-batches: their metrics leave the device once at the end, and where a record is due."""
+    x, y = make_rows(8)
+    told: list[Any] = []
+    read: list[Any] = []
+    plain = Tensor.tolist
+
+    def counted(tensor: Tensor) -> Any:
+        read.append(tensor.shape)
+        return plain(tensor)
+
+    fields = {} if interval is None else {"log_hook": told.append, "log_interval": interval}
+    trainer = make_trainer([(x, y)] * 8, **fields)
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    trainer.fit()
+    assert len(read) == reads
+    assert len(told) == reads - 1
 
 
 # --- schedulers ----------------------------------------------------------------------------------
