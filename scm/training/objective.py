@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scm.autodiff.policies import gate_tuple
 from scm.losses.implicit import implicit_loss
 from scm.losses.projective import projective_fit_loss
 from scm.losses.training import SCMTrainingLoss
@@ -19,7 +20,10 @@ from scm.training.targets import SemanticTargets
 FITS = ("projective", "implicit", "implicit_detached")
 
 FitLoss = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-"""A fit term of one's own: (P, Q, Y_n, Y_d, mask of the trained rows or None for all) -> 0-d tensor."""
+"""A fit term of one's own: (P, Q, Y_n, Y_d, mask of the trained rows or None for all) -> 0-d tensor.
+
+Gradient policies act on the P and Q that it is given, at the batch's threshold.
+"""
 
 
 class ProjectiveObjective:
@@ -57,7 +61,7 @@ class ProjectiveObjective:
         Y_n, Y_d = lifted
         masks = _Masks(semantic_targets, Y_d)
         total, _ = self.constraints(
-            self._fit(P, Q, Y_n, Y_d, masks.trained),
+            self._fit(P, Q, Y_n, Y_d, masks.trained, tau),
             P,
             Q,
             Y_n,
@@ -72,9 +76,11 @@ class ProjectiveObjective:
         )
         return total
 
-    def _fit(self, P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, trained: Tensor | None) -> Tensor:
+    def _fit(
+        self, P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, trained: Tensor | None, tau: float | Tensor
+    ) -> Tensor:
         if callable(self.fit):
-            return self.fit(P, Q, Y_n, Y_d, trained)
+            return self.fit(*gate_tuple(P, Q, tau=tau), Y_n, Y_d, trained)
         if self.fit == "projective":
             return projective_fit_loss(P, Q, Y_n, Y_d, mask=trained)
         detached = self.fit == "implicit_detached"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,33 @@ def _refused(name: str) -> Callable[..., Any]:
         raise AssertionError(f"Tensor.{name} reads a value back")
 
     return read
+
+
+@pytest.mark.parametrize("around", ["forward", "backward"])
+def test_policies_act_on_a_fit_of_ones_own(around: str) -> None:
+    """Four policies are four gradients of a plain function, wherever the context stands."""
+
+    def squared(P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, mask: Tensor | None) -> Tensor:
+        return 10 * (P * Y_d - Q * Y_n).square().sum()
+
+    Y_n, Y_d = torch.tensor([1.0, 2.0, -3.0]), torch.ones(3)
+    objective = ProjectiveObjective(SCMTrainingLoss(), fit=squared)
+    found = {}
+    for policy in ALL:
+        P = torch.tensor([1.0, 0.02, 0.01], requires_grad=True)
+        Q = torch.tensor([0.5, 0.01, -0.01], requires_grad=True)
+        with gradient_policy(policy) if around == "forward" else contextlib.nullcontext():
+            loss = objective((P, Q), (Y_n, Y_d), tau=0.1, loss_weights={"margin": 0.0, "sign": 0.0})
+        with gradient_policy(policy):
+            loss.backward()
+        assert P.grad is not None
+        found[policy] = P.grad.tolist()
+    full = found[GradientPolicy.PASSTHROUGH]
+    assert full[0] == 10.0
+    assert full[2] != 0
+    assert found[GradientPolicy.CLAMP] == [1.0, 0.0, 0.0]
+    assert found[GradientPolicy.PROJECT] == [full[0], 0.0, 0.0]
+    assert found[GradientPolicy.REJECT] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
