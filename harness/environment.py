@@ -6,24 +6,29 @@ the environment, raised before the first trial starts.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_ENVIRONMENT, UserError, one_line
+from harness.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, UserError, one_line
 from harness.plan import ResourcesSection
 
 CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 60.0
+TERMINATION_S = 30.0
 
 # Joining is tried in a process of its own first: a port that is open but speaks something else can hang or
 # abort the process that joins.
@@ -100,6 +105,9 @@ def ray_session(resources: ResourcesSection, address: str | None) -> Iterator[Se
     if joined and address not in (None, ray.get_runtime_context().gcs_address):
         raise UserError(f"this process uses another Ray already, not the one at {address}", EXIT_ENVIRONMENT)
     scratch = Path(tempfile.mkdtemp(prefix="scm-", dir=short_temp_dir()))
+    # A start that is interrupted leaves Ray's processes, and their files, to Ray's own exit handler; this one
+    # is registered before it, and therefore runs after it.
+    atexit.register(remove_folder, scratch, wait_s=3.0)
     try:
         with environment(TUNE_SETTINGS):
             if not joined:
@@ -116,7 +124,16 @@ def ray_session(resources: ResourcesSection, address: str | None) -> Iterator[Se
                 if not joined:
                     ray.shutdown()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_folder(scratch)
+
+
+def remove_folder(folder: Path, wait_s: float = 0.0) -> None:
+    """Remove a folder with all that is in it, again while ending processes still write to it."""
+    give_up_s = time.monotonic() + wait_s
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < give_up_s:
+        time.sleep(0.05)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def short_temp_dir() -> str:
@@ -158,3 +175,29 @@ def environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the sweep as Ctrl-C does: after the current turn, with every finished row kept.
+
+    Ray takes SIGTERM for itself when it starts: this is entered before that and again after it.
+
+    A SIGTERM to the whole process group ends Ray as well, and what waits for Ray then waits for ever: the
+    process leaves after `TERMINATION_S` in any case, its rows being on the disk since they were written.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        last_resort = threading.Timer(TERMINATION_S, os._exit, (EXIT_INTERRUPTED,))
+        last_resort.daemon = True
+        last_resort.start()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -137,6 +137,15 @@ class RankingSection(Section):
     by: Annotated[list[str], Field(min_length=1)] | None = None
 
 
+class Judging(Section):
+    """The parts of a plan that judge its rows, whatever the rest of it says."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    ranking: RankingSection = RankingSection()
+
+
 class Plan(Section):
     """One sweep, wholly: the same plan gives the same rows on any machine with the same library versions."""
 
@@ -205,6 +214,18 @@ def load_plan(path: Path) -> Plan:
     )
     check_samples(plan, document)
     return plan
+
+
+def load_judging(path: Path) -> Judging:
+    """What a run's plan says about its ranking; `UserError` as for `load_plan`.
+
+    The rest of the plan is not looked at: a run stays rankable when a later version knows other knobs.
+    """
+    document = read_yaml(path)
+    try:
+        return Judging.model_validate(document.values)
+    except ValidationError as error:
+        raise_lines([problem_line(document, problem) for problem in error.errors(include_url=False)])
 
 
 def plan_space(plan: Plan) -> Space:

@@ -70,7 +70,7 @@ def check_writable(out: Path) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".scm-", dir=place))
     except OSError as error:
-        raise UserError(f"run folder {out} cannot be written: {reason(error)}", EXIT_RUN_FOLDER) from None
+        raise unwritable(out, error) from None
 
 
 def create_run(out: Path, plan: Plan, provenance: Mapping[str, Any]) -> None:
@@ -86,13 +86,17 @@ def create_run(out: Path, plan: Plan, provenance: Mapping[str, Any]) -> None:
     except OSError as error:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"run folder {out} cannot be written: {reason(error)}", EXIT_RUN_FOLDER) from None
+        raise unwritable(out, error) from None
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the run folder for the time of a `with` block; a second sweep in it is a `UserError`."""
-    with open(out / LOCK_FILE, "w", encoding="utf-8") as handle:
+    try:
+        handle = open(out / LOCK_FILE, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -126,6 +130,7 @@ def read_written(out: Path) -> dict[str, WrittenTrial]:
     return {row["trial_id"]: WrittenTrial(row, history[row["trial_id"]]) for row in rows}
 
 
-def reason(error: OSError) -> str:
-    """What the system says, with the path that it is about."""
-    return f"{error.strerror or error}: {error.filename}" if error.filename else one_line(error)
+def unwritable(out: Path, error: OSError) -> UserError:
+    """What the system says about a run folder that cannot be written, with the path that it is about."""
+    said = f"{error.strerror or error}: {error.filename}" if error.filename else one_line(error)
+    return UserError(f"run folder {out} cannot be written: {said}", EXIT_RUN_FOLDER)

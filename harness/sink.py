@@ -11,6 +11,7 @@ import pyarrow as pa
 from harness.jobs import EndedTrial
 from harness.plan import Plan, plan_digest
 from harness.proposals import active_or_all
+from harness.run_folder import unwritable
 from reports.history import HISTORY_FOLDER, HistoryWriter
 from reports.provenance import row_provenance
 from reports.rows import ROWS_FOLDER, RowWriter
@@ -34,6 +35,7 @@ class RunSink:
         provenance: Mapping[str, Any],
         data_digests: Mapping[int, str],
     ) -> None:
+        self._out = out
         self._plan = plan
         self._run_id = run_id
         self._provenance = row_provenance(provenance)
@@ -83,6 +85,9 @@ class RunSink:
         }
 
     def close(self) -> None:
-        """Write what waits."""
-        self._history.close()
-        self._rows.close()
+        """Write what waits; a `UserError` where that is not possible."""
+        try:
+            self._history.close()
+            self._rows.close()
+        except OSError as error:
+            raise unwritable(self._out, error) from None

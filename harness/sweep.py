@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.environment import check_address, check_device, ray_session
+from harness.environment import check_address, check_device, ray_session, terminate_as_interrupt
 from harness.errors import EXIT_RUN_FOLDER, UserError, one_line
 from harness.halving import RungBoard
 from harness.jobs import EndedTrial, JobBoard, Segment, TrialSpec
@@ -23,6 +23,7 @@ from harness.run_folder import (
     locked,
     read_run_id,
     read_written,
+    unwritable,
 )
 from harness.sink import RunSink
 from reports.provenance import gather_provenance
@@ -50,6 +51,7 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
     if address is not None:
         check_address(address)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(terminate_as_interrupt())
         session = stack.enter_context(ray_session(plan.resources, address))
         provenance = gather_provenance()
         if not resume:
@@ -78,7 +80,7 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
         try:
             finished = run_segments(board, pack, session, plan.resources, on_event=on_event)
         except OSError as error:
-            raise UserError(f"run folder {out} cannot be written: {error}", EXIT_RUN_FOLDER) from None
+            raise unwritable(out, error) from None
         if finished:
             tally.total = tally.done  # a space may hold fewer configs than were asked for
         return SweepResult(out, tally.done, interrupted=not finished)

@@ -9,9 +9,6 @@ the segment, through Ray itself, so that a sweep runs on nodes that share nothin
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,13 +19,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from harness.environment import Session
-from harness.errors import EXIT_INTERRUPTED, one_line
+from harness.environment import Session, terminate_as_interrupt
+from harness.errors import one_line
 from harness.jobs import JobBoard, Report, Segment
 from harness.plan import ResourcesSection
 from harness.segments import Parcel, SegmentTrainable
-
-TERMINATION_S = 30.0
 
 PackSegment = Callable[[Segment], Parcel]
 
@@ -236,27 +231,3 @@ def quiet_tune() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the sweep as Ctrl-C does: after the current turn, with every finished row kept.
-
-    A SIGTERM to the whole process group ends Ray as well, and what waits for Ray then waits for ever: the
-    process leaves after `TERMINATION_S` in any case, its rows being on the disk since they were written.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(number: int, frame: object) -> None:
-        last_resort = threading.Timer(TERMINATION_S, os._exit, (EXIT_INTERRUPTED,))
-        last_resort.daemon = True
-        last_resort.start()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

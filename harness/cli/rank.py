@@ -118,9 +118,9 @@ def make_options(folder: Path, given: dict[str, Any]) -> RankingOptions:
 
     chosen: dict[str, Any] = {}
     if (folder / PLAN_FILE).is_file():
-        from harness.plan import load_plan
+        from harness.plan import load_judging
 
-        plan = load_plan(folder / PLAN_FILE)
+        plan = load_judging(folder / PLAN_FILE)
         chosen = {"nan_budget": plan.ranking.nan_budget, "seeds": tuple(plan.seeds)}
         if plan.ranking.by is not None:
             chosen["by"] = tuple(plan.ranking.by)

@@ -285,3 +285,31 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return str(line)
+
+
+def test_a_start_that_is_interrupted_leaves_no_folder(tmp_path: Path) -> None:
+    """What Ray's processes still write while they end goes with the folder, when the process ends."""
+    code = f"""
+import sys, tempfile
+tempfile.tempdir = {str(tmp_path)!r}
+import ray
+from harness import environment
+from harness.plan import ResourcesSection
+
+def interrupted(**settings):
+    import atexit, pathlib
+    late = pathlib.Path(settings["_temp_dir"])
+    atexit.register(lambda: (late.mkdir(parents=True), (late / "log").write_text("the last words")))
+    raise KeyboardInterrupt
+
+ray.init = interrupted
+environment.short_temp_dir = tempfile.gettempdir
+try:
+    with environment.ray_session(ResourcesSection(), None):
+        pass
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert list(tmp_path.iterdir()) == []

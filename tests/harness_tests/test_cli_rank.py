@@ -105,6 +105,16 @@ def test_the_runs_plan_is_the_default(run, capsys):
     assert "2 non-finite values (budget 0)" in capsys.readouterr().out
 
 
+def test_a_run_of_an_older_version_stays_rankable(run, capsys):
+    """Of the run's plan only what judges rows is read: knobs that are unknown by now do not matter."""
+    (run / "plan.yaml").write_text(PLAN + "config: {knob_of_old: 3}\nhalving: {rungs: no}\n")
+    assert main(["rank", str(run)]) == 0
+    assert "ccc  seed 2 missing" in capsys.readouterr().out
+    (run / "plan.yaml").write_text(PLAN.replace("[accepted_error]", "[]"))
+    assert main(["rank", str(run)]) == 2
+    assert f"{run / 'plan.yaml'}:5:30: ranking.by: list should" in capsys.readouterr().err
+
+
 def test_a_run_in_which_nothing_completed_has_its_own_code(tmp_path, capsys):
     """Failed trials are ranked and shown; the exit code says that there is nothing to choose from."""
     run = write_run(tmp_path / "run", [row("aaa", 0, status="failed", error="boom")])

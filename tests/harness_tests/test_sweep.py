@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,21 @@ def test_a_disk_that_fails_ends_the_sweep_with_one_line(
     assert len(read_rows(out)) == 2
     assert main(["sweep", str(plan), "--out", str(out), "--resume"]) == EXIT_OK
     assert len(read_rows(out)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_folder_that_vanishes_is_one_line(
+    write_plan: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Someone who removes the folder under a running sweep is told so, without a traceback."""
+    plan, out = write_plan(), tmp_path / "out"
+
+    def remove(self: RunSink, ended: EndedTrial) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        self._history.append({"trial_id": "t", "config_id": "c", "seed": 0, "epoch": 1})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunSink, "write", remove)
+        assert main(["sweep", str(plan), "--out", str(out)]) == EXIT_RUN_FOLDER
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err.splitlines()[-1]
