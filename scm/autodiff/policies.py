@@ -312,7 +312,13 @@ def gate_gradients(x: Tensor, bottom: Tensor, policy: GradientPolicy | Tensor) -
         return x
     # A hook costs a tenth of a custom Function on small tensors, but transforms do not run hooks.
     gated = x.view_as(x)
-    gated.register_hook(lambda gradient: apply_policy_tensor(gradient, bottom, policy, limit=limit))
+
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:  # no term of the loss depends on x
+            return None
+        return apply_policy_tensor(gradient, bottom, policy, limit=limit)
+
+    gated.register_hook(hook)
     return gated
 
 
@@ -400,7 +406,9 @@ class _LateGate:
         gated.register_hook(self)
         return gated
 
-    def __call__(self, gradient: Tensor) -> Tensor | None:
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
         setting = _ACTIVE.get()
         # CUDA gradients are computed on the engine's own threads, which see no context variable: there the
         # setting counts that a context of the forward pass's thread wrote into the gate.

@@ -56,7 +56,9 @@ class _LateOutputGate:
         # computed see no context variable.
         self.setting: Any = None
 
-    def __call__(self, gradient: Tensor) -> Tensor:
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
         policy = policy_in_force(self.layer)
         told = self.setting
         if threading.get_ident() != self.thread and told is not None and told.policy is not None:

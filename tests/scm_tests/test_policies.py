@@ -497,6 +497,28 @@ def test_an_active_policy_acts_inside_of_transforms(policy):
                 torch.testing.assert_close(gradient[k], alone)
 
 
+@pytest.mark.parametrize("policy", [None, *ALL])
+@pytest.mark.parametrize("around", ["forward", "backward"])
+@pytest.mark.parametrize("term", ["margin", "sign", "push_down", "push_up"])
+def test_each_term_may_be_the_only_one(term, around, policy):
+    """A member that no term reaches has no gradient to treat, and nothing else changes for that."""
+    gradients = []
+    for both in (True, False):
+        P, Q, targets = _batch()
+        weights = dict.fromkeys(("margin", "sign", "push_down", "push_up"), 0.0) | {term: 5.0}
+        early = policy is not None and around == "forward"
+        with gradient_policy(policy) if early else contextlib.nullcontext():
+            total, _ = SCMTrainingLoss(LossConfig(tau_train=TAU))(
+                torch.zeros(()), P, Q, targets.Y_n, targets.Y_d, weights=weights
+            )
+            if both:  # the other member takes part as well, with a gradient of 0
+                total = total + 0.0 * (P.sum() + Q.sum())
+        with contextlib.nullcontext() if policy is None else gradient_policy(policy):
+            total.backward()
+        gradients.append([torch.zeros_like(x) if x.grad is None else x.grad for x in (P, Q)])
+    assert torch.equal(torch.stack(gradients[0]), torch.stack(gradients[1]))
+
+
 # --- many trials as one ---------------------------------------------------------------------------
 
 
