@@ -78,11 +78,17 @@ def create_run(out: Path, plan: Plan, provenance: Mapping[str, Any]) -> None:
     beside = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+        # An empty folder may be a mount point, or where the user stands: it is filled, not replaced.
+        beside = Path(tempfile.mkdtemp(prefix=".new-", dir=out if out.is_dir() else out.absolute().parent))
         beside.chmod(0o755)
         (beside / PLAN_FILE).write_text(plan_text(plan), encoding="utf-8")
         write_provenance(beside, {**provenance, "run_id": uuid.uuid4().hex[:12]})
-        beside.rename(out)
+        if out.is_dir():
+            for name in (PROVENANCE_FILE, PLAN_FILE):  # the plan, which makes it a run, last
+                (beside / name).rename(out / name)
+            beside.rmdir()
+        else:
+            beside.rename(out)
     except OSError as error:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)

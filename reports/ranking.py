@@ -69,9 +69,9 @@ class RankingOptions:
             raise ValueError(f"by must name each metric once, got {', '.join(self.by)}")
         _ = self.ties  # parsed here so that a wrong name is refused here
         if self.target_coverage is not None and not 0.0 <= self.target_coverage <= 1.0:
-            raise ValueError(f"target_coverage must lie in [0, 1], got {self.target_coverage=}")
+            raise ValueError(f"target_coverage must lie in [0, 1], got {self.target_coverage}")
         if not 0.0 <= self.step_time_tolerance < float("inf"):
-            raise ValueError(f"step_time_tolerance must be >= 0 and finite, got {self.step_time_tolerance=}")
+            raise ValueError(f"step_time_tolerance must be >= 0 and finite, got {self.step_time_tolerance}")
 
     @property
     def objectives(self) -> tuple[Metric, ...]:
@@ -178,7 +178,8 @@ def _charged_mean(trials: Trials, metric: Metric, gone_wrong: Bools) -> Floats:
     if metric.direction == "higher":
         values = -values
     values = np.where(gone_wrong | ~np.isfinite(values), np.inf, values)
-    mean = trials.total(values) / trials.counts
+    with np.errstate(over="ignore"):  # a mean of values near the largest float is as bad as the worst
+        mean = trials.total(values) / trials.counts
     return np.where(trials.missing() > 0, np.inf, mean)
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from harness.cli.main import COMMANDS, main
 from harness.errors import EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_OK, EXIT_RUN_FOLDER, UserError
-from harness.run_folder import read_run_id
+from harness.plan import load_plan
+from harness.run_folder import create_run, read_run_id
 
 TABLE = {
     "name": "table",
@@ -313,3 +314,17 @@ except KeyboardInterrupt:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_becomes_the_run(
+    write_plan: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder that the user made, and may stand in, is filled and not replaced by another."""
+    plan = load_plan(write_plan())
+    out = tmp_path / "mine"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    before = out.stat().st_ino
+    create_run(Path("."), plan, {})
+    assert out.stat().st_ino == before
+    assert sorted(path.name for path in out.iterdir()) == ["plan.yaml", "provenance.json"]

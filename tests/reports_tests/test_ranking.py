@@ -377,3 +377,10 @@ def test_every_config_appears_once_and_sound_ones_stand_above(run, options):
     assert all(bool(entry["why"]) != entry["feasible"] for entry in entries)
     fronts = [entry["front"] for entry in entries if entry["feasible"]]
     assert fronts == sorted(fronts)
+
+
+def test_means_that_overflow_are_the_worst_and_no_warning():
+    """Values near the largest float are ranked behind all others, also where two add up beyond it."""
+    rows = [row("a", seed, accepted_error=1.7e308) for seed in SEEDS]
+    rows += [row("b", seed, accepted_error=1e3) for seed in SEEDS]
+    assert order(rows, by=("accepted_error",)) == "ba"

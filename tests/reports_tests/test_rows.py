@@ -85,6 +85,11 @@ def test_duckdb_reads_the_rows(run):
     """
     with duckdb.connect() as connection:
         found = connection.execute(query, [str(run / "rows" / "*.parquet")]).fetchall()
+        rows = connection.execute("select * from read_parquet(?)", [str(run / "rows" / "*.parquet")])
+        started = [
+            row[[column[0] for column in rows.description].index("started_at")] for row in rows.fetchall()
+        ]
+    assert started == read_rows(run).column("started_at").to_pylist()
     assert found == list(
         zip(EXPECTED_MOMENTUM, EXPECTED_WIDTH, EXPECTED_POLICY, [False, True, True], strict=True)
     )
