@@ -11,7 +11,8 @@ machine; what is compared is the median over runs of the time of one step, in on
 
     python benchmarks/step_time.py [--quick] [--device cpu|cuda] [--json PATH]
 
-Exit code 0 when both targets are met, 1 when one is missed, 2 when zeroproofml is not installed.
+Exit code 0 when both targets are met, 1 when one is missed, 2 when nothing can be measured: zeroproofml is
+not installed, or the device is not there.
 """
 
 from __future__ import annotations
@@ -210,15 +211,7 @@ def render(comparisons: list[Comparison]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--quick", action="store_true", help="a few runs of few steps: a check, not a measurement"
-    )
-    parser.add_argument(
-        "--device", default=None, help="cpu, or cuda[:i]; without it the CPU, and a GPU if there is one"
-    )
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file as well")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
         import zeroproofml.losses as peer_losses
         import zeroproofml.training as peer
@@ -240,10 +233,41 @@ def main(argv: list[str] | None = None) -> int:
         payload = {
             "torch": torch.__version__,
             "batch_size": BATCH_SIZE,
-            "cases": [asdict(c) for c in comparisons],
+            "cases": [asdict(c) | {"met": c.met} for c in comparisons],
         }
-        arguments.json.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(payload, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return 0 if all(found.met for found in comparisons) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few runs of few steps: a check, not a measurement"
+    )
+    parser.add_argument(
+        "--device", type=_device, help="cpu, or cuda[:i]; without it the CPU, and a GPU if there is one"
+    )
+    parser.add_argument("--json", type=_file_to_write, help="write the numbers to this file as well")
+    return parser
+
+
+def _device(text: str) -> str:
+    kind, _, number = text.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda[:i], got {text!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no cuda here")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"there are {torch.cuda.device_count()} cuda devices, got {text!r}")
+    return text
+
+
+def _file_to_write(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
+    return Path(text)
 
 
 if __name__ == "__main__":

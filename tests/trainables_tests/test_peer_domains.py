@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,7 +81,7 @@ def test_one_bad_seed_misses_the_target(bench: ModuleType, worst: float) -> None
     runs = _Runs([_row("a", val=0.1, test=0.0)], [_row("a", val=0.1, test=x) for x in (0.0, 0.0, worst)])
     result = bench.run_domain(bench.DOMAINS["rf"], bench.AMOUNTS["quick"], runs)
     assert result["passed"] is False
-    assert "MISS" in bench.render({"size": "quick", "duration_s": 1.0, "domains": [result]})
+    assert "MISS" in bench.render({"run": "quick", "size": "quick", "duration_s": 1.0, "domains": [result]})
 
 
 def test_configs_that_failed_a_trial_or_are_too_large_are_out(bench: ModuleType) -> None:
@@ -99,7 +102,87 @@ def test_without_a_completed_config_the_benchmark_says_so(bench: ModuleType) -> 
     runs = _Runs([_row("a", val=math.nan, test=math.nan, status="failed")], [])
     result = bench.run_domain(bench.DOMAINS["rf"], bench.AMOUNTS["quick"], runs)
     assert result["passed"] is False
-    assert "no config completed" in bench.render({"size": "quick", "duration_s": 1.0, "domains": [result]})
+    assert "no config completed" in bench.render(
+        {"run": "quick", "size": "quick", "duration_s": 1.0, "domains": [result]}
+    )
+
+
+@pytest.fixture
+def made_up(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> _Runs:
+    """A benchmark whose sweeps end at once with made up rows; one variant's trial has no result."""
+    runs = _Runs([_row("a", val=0.1, test=0.0)], [_row("a", val=0.1, test=x) for x in (0.5, 1.5)])
+    runs.rows["rf-0"] = [_row("a", val=math.inf, test=math.nan)]
+    monkeypatch.setattr(bench, "ray_session", lambda resources, address: contextlib.nullcontext())
+    monkeypatch.setattr(bench, "sweep_rows", lambda values, out, resources: runs(values, out.name))
+    return runs
+
+
+def test_the_exit_code_says_whether_every_target_holds(
+    bench: ModuleType, made_up: _Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same rows give 0 with the stated targets, and 1 once a target is out of reach."""
+    assert bench.main(["--quick", "--domains", "rf"]) == 0
+    assert "MISS" not in capsys.readouterr().out
+    unreachable = {"quick": (bench.Target("charged_extrapolation_mse", 1e-9),)}
+    monkeypatch.setitem(bench.DOMAINS, "rf", replace(bench.DOMAINS["rf"], targets=unreachable))
+    assert bench.main(["--quick", "--domains", "rf"]) == 1
+    assert "MISS charged_extrapolation_mse < 1e-09" in capsys.readouterr().out
+
+
+def test_the_json_is_strict(bench: ModuleType, made_up: _Runs, tmp_path: Path) -> None:
+    """Numbers that JSON has no word for are null, so that every parser reads the file."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    file = tmp_path / "out.json"
+    assert bench.main(["--domains", "rf", "--json", str(file)]) == 0
+    document = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    [result] = document["domains"]
+    assert result["test"]["charged_extrapolation_mse"] == [0.5, 1.5]
+    assert result["variants"]["network coefficients"]["charged_extrapolation_mse"] == [None]
+    assert document["run"] == "default"
+
+
+def test_the_help_states_the_targets(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever asks what the benchmark wants is told the bounds of every task and size."""
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    told = capsys.readouterr().out
+    for domain in bench.DOMAINS.values():
+        for targets in domain.targets.values():
+            assert all(str(target) in told for target in targets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers: must be a whole number >= 1, got 0"),
+        (["--json", "no_such_folder/out.json"], "--json: there is no folder no_such_folder"),
+    ],
+    ids=["workers", "json"],
+)
+def test_bad_arguments_are_refused_before_anything_runs(
+    bench: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would fail after minutes of measuring is refused at the start, in one line."""
+    with pytest.raises(SystemExit) as caught:
+        bench.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_benchmark_says_so(
+    bench: ModuleType, made_up: _Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C ends with the shell's code for it and a line, not with a traceback."""
+
+    def interrupted(*_: Any) -> list[dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "sweep_rows", interrupted)
+    assert bench.main(["--quick"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("size", ["quick", "default", "paper"])

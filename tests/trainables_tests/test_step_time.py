@@ -1,0 +1,118 @@
+"""The timing against the peer: its exit codes, and what its files and its help say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+_FILE = Path(__file__).parents[2] / "benchmarks" / "step_time.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    """The benchmark's module, which lies outside of the packages."""
+    spec = importlib.util.spec_from_file_location("step_time", _FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["step_time"] = module  # where its dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["step_time"]
+
+
+@pytest.fixture
+def with_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that can be imported, whether installed or not; nothing in it is called."""
+    for name in ("zeroproofml", "zeroproofml.losses", "zeroproofml.training"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["zeroproofml"], "losses", None, raising=False)
+    monkeypatch.setattr(sys.modules["zeroproofml"], "training", None, raising=False)
+
+
+def _measured(bench: ModuleType, us: float) -> Callable[..., list[Any]]:
+    """Stand-in for the measurement: ours takes `us` microseconds in both cases, the peer's 1000."""
+
+    def run_cases(*_: Any, **__: Any) -> list[Any]:
+        return [
+            bench.compare(case, lambda: us, lambda: 1000.0, rounds=3, device="cpu") for case in bench.TARGETS
+        ]
+
+    return run_cases
+
+
+@pytest.mark.parametrize(
+    ("us", "code"), [(700.0, 0), (701.0, 1), (901.0, 1)], ids=["met", "one missed", "both missed"]
+)
+@pytest.mark.usefixtures("with_peer")
+def test_the_exit_code_says_whether_both_targets_are_met(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, us: float, code: int
+) -> None:
+    """One missed target is enough for 1; the file says of each case whether it was met."""
+    monkeypatch.setattr(bench, "run_cases", _measured(bench, us))
+    file = tmp_path / "out.json"
+    assert bench.main(["--quick", "--device", "cpu", "--json", str(file)]) == code
+    cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
+    assert [case["target"] for case in cases] == list(bench.TARGETS.values())
+    assert [case["met"] for case in cases] == [us / 1000 <= target for target in bench.TARGETS.values()]
+
+
+def test_a_measured_run_misses_targets_out_of_reach(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step takes no time: with targets of 0 a real run ends with 1."""
+    pytest.importorskip("zeroproofml", reason="the peer is an extra")
+    monkeypatch.setattr(bench, "TARGETS", dict.fromkeys(bench.TARGETS, 0.0))
+    assert bench.main(["--quick", "--device", "cpu"]) == 1
+
+
+def test_without_the_peer_there_is_nothing_to_compare(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The missing package is named with the way to install it, and is no missed target."""
+    monkeypatch.setitem(sys.modules, "zeroproofml", None)
+    monkeypatch.setitem(sys.modules, "zeroproofml.losses", None)
+    assert bench.main(["--quick"]) == 2
+    assert "pip install 'scm-harness[peer]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "--device: must be cpu or cuda[:i], got 'gpu'"),
+        (["--device", "cuda"], "--device: there is no cuda here"),
+        (["--json", "no_such_folder/out.json"], "--json: there is no folder no_such_folder"),
+    ],
+    ids=["unknown", "absent", "json"],
+)
+@pytest.mark.usefixtures("with_peer")
+def test_bad_arguments_are_refused_before_anything_runs(
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A device that is not there is an error of its own code, never taken for a missed target."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        bench.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_help_states_the_targets(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever asks what the benchmark wants is told both ratios and the exit codes."""
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(f"{target:.2f}" in told for target in bench.TARGETS.values())
+    assert "Exit code" in told
