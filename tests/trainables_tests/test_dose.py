@@ -181,7 +181,18 @@ def test_a_fault_is_a_call_of_no_class() -> None:
     nan = torch.full((len(split),), torch.nan)
     decoded = Decoded(decoded=nan, bottom=fault, fault=fault, q_abs=nan, numerator=nan)
     assert torch.equal(task.calls(decoded), torch.full((len(split),), -1))
-    assert task.metrics(decoded, split, CONFIG)["macro_f1"] == 0.0
+    scores = task.metrics(decoded, split, CONFIG)
+    assert scores["macro_f1"] == scores["direction_macro_f1"] == 0.0
+
+
+def test_a_bottom_without_direction_is_a_call_of_no_class() -> None:
+    """A model that answers (0, 0) everywhere has said neither below nor above, and gets neither right."""
+    task = make_dose_task(SMALL)
+    split = task.splits(0)["test"]
+    everywhere = torch.ones(len(split), dtype=torch.bool)
+    zeros = torch.zeros(len(split))
+    scores = task.metrics(_answers(task, values=zeros, outside=everywhere, p=zeros), split, CONFIG)
+    assert scores["macro_f1"] == scores["direction_macro_f1"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -189,13 +200,14 @@ def test_a_fault_is_a_call_of_no_class() -> None:
     [
         ({"n_trian": 5}, "did you mean 'n_train'"),
         ({"size": "papre"}, "did you mean 'paper'"),
+        ({"size": ["quick"]}, r"unknown size \['quick'\]"),
         ({"n_val": 0}, "n_val must be a whole number >= 1, got 0"),
         ({"n_train": 2.5}, "n_train must be a whole number >= 1, got 2.5"),
         ({"data_seed": -1}, "data_seed must be a whole number >= 0, got -1"),
         ({"redraw_data": 1}, "redraw_data must be true or false, got 1"),
         ({"decades_per_unit": 0}, "decades_per_unit must be a number > 0.0, got 0"),
     ],
-    ids=["unknown", "size", "zero", "fraction", "seed", "flag", "unit"],
+    ids=["unknown", "size", "sizes", "zero", "fraction", "seed", "flag", "unit"],
 )
 def test_bad_parameters_are_named(params: dict[str, Any], message: str) -> None:
     """Each wrong parameter is one line that names it, its value and what would be right."""

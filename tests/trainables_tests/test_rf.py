@@ -162,6 +162,26 @@ def test_the_task_judges_the_peaks_of_its_own_test_filters() -> None:
     assert refused["peak_retention_yield"] == 0.0
 
 
+class _Overflowing(torch.nn.Module):
+    """Answers every row with a numerator that its denominator makes infinite in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = torch.nn.Parameter(torch.tensor(1e38))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        P = self.size.expand(len(x), 2)
+        return P, torch.full_like(P, 1e-3)
+
+
+def test_peaks_are_judged_by_strict_answers_and_leave_the_model_in_training() -> None:
+    """A quotient that overflows is a bottom, no peak; a model in training mode stays in it."""
+    task, model = make_rf_task(SMALL), _Overflowing()
+    scores = task.score_peaks(model, 1e-6, 0, count=256)
+    assert scores["peak_retention_yield"] == scores["false_peak_hallucination_rate"] == 0.0
+    assert model.training
+
+
 def test_unit_rows_keep_the_quotient_at_every_size() -> None:
     """Rows become unit length from 1e-38 to 1e38 in float32, and a row of zeros stays zero."""
     P, q = torch.tensor([[3.0, -1.0]]), torch.tensor([[2.0]])

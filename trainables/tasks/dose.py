@@ -28,7 +28,7 @@ from trainables.tasks.dose_data import (
     draw_dose_rows,
     three_way_scores,
 )
-from trainables.tasks.generated import DrawnData, check_real, parse_drawn_data
+from trainables.tasks.generated import DrawnData, DrawnSplits, check_real, parse_drawn_data
 from trainables.tasks.protocol import TaskError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from trainables.tasks.protocol import LossFn
 
 SIZES: dict[str, tuple[int, int, int]] = {"quick": (5_000, 1_000, 4_000), "paper": (200_000, 20_000, 30_000)}
+NO_CALL = -1
 _CENTRE = (LOG_LOW + LOG_HIGH) / 2
 _STATUS_OF_CLASS = {BELOW: "censored_below", IN_RANGE: "finite", ABOVE: "censored_above"}
 
@@ -92,15 +93,11 @@ class DoseTask:
 
     def __init__(self, params: DoseParams) -> None:
         self.params = params
-        self._splits: dict[int, dict[str, Split]] = {}
+        self._drawn = DrawnSplits(params.data, self._draw)
 
     def splits(self, seed: int) -> Mapping[str, Split]:
         """Draw the splits, from the data seed or, with `redraw_data`, from the trial's seed."""
-        key = self.params.data.seed_of(seed)
-        if key not in self._splits:
-            # The last one only: a sweep over many seeds must not fill the memory.
-            self._splits = {key: self._draw(seed)}
-        return self._splits[key]
+        return self._drawn.splits(seed)
 
     def build_model(self, config: TrialConfig) -> nn.Module:
         """Build the config's head on the ten responses."""
@@ -115,7 +112,7 @@ class DoseTask:
 
         An in-range curve called out of range is charged the error of answering the middle of the doses.
         `finite_mae` is over curves in range and called so; `direction_macro_f1` over curves out of range, by
-        the sign of P alone. A fault is a call of no class.
+        the sign of P alone. A fault is a call of no class, and so is a bottom with P = 0.
         """
         value, status = split.extras["value"], split.extras["status"]
         predicted = decoded.decoded.to(value.dtype) * self.params.decades_per_unit + _CENTRE
@@ -135,9 +132,9 @@ class DoseTask:
         return scores
 
     def calls(self, decoded: Decoded) -> Tensor:
-        """Call curves 0 below, 1 in range or 2 above, by |Q| < tau_infer and the sign of P; faults are -1."""
+        """Call curves 0 below, 1 in range or 2 above, by |Q| < tau_infer and the sign of P; -1 is no call."""
         called = torch.where(decoded.bottom, _side(decoded), IN_RANGE)
-        return torch.where(decoded.fault, -1, called)
+        return torch.where(decoded.fault, NO_CALL, called)
 
     def _draw(self, seed: int) -> dict[str, Split]:
         data = self.params.data
@@ -167,4 +164,5 @@ class DoseTask:
 def _side(decoded: Decoded) -> Tensor:
     if decoded.numerator is None:
         raise TaskError("the task 'dose' needs the numerators of decoded answers, got none")
-    return torch.where(decoded.numerator < 0, BELOW, ABOVE)
+    sign = torch.where(decoded.fault, 0.0, decoded.numerator.sign())
+    return torch.where(sign < 0, BELOW, torch.where(sign > 0, ABOVE, NO_CALL))

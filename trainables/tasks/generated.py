@@ -1,18 +1,22 @@
-"""What the tasks with generated data share: sizes by name, and where each split's randomness comes from.
+"""What the tasks with generated data share: sizes by name, where each split's randomness comes from, and
+which splits are kept.
 
 The problems themselves are in `dose`, `rf` and `rr_ik`, each with a `_data` module that draws its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scm.seeding import seed_for
 from trainables.tasks.protocol import TaskError, check_params, nearest
+
+if TYPE_CHECKING:
+    from scm.data import Split
 
 _COMMON = ("size", "n_train", "n_val", "n_test", "data_seed", "redraw_data")
 
@@ -52,6 +56,25 @@ class DrawnData:
         return np.random.default_rng(seed_for(self.seed_of(trial_seed), f"{task} {part}"))
 
 
+class DrawnSplits:
+    """The splits of one generated task, drawn when a seed first asks for them.
+
+    `draw` makes the splits of a trial's seed. Only those drawn last are kept: a sweep over many seeds must
+    not fill the memory.
+    """
+
+    def __init__(self, data: DrawnData, draw: Callable[[int], dict[str, Split]]) -> None:
+        self._data, self._draw = data, draw
+        self._kept: dict[int, dict[str, Split]] = {}
+
+    def splits(self, seed: int) -> Mapping[str, Split]:
+        """The splits that a trial of this seed sees; trials with the same data get the same objects."""
+        key = self._data.seed_of(seed)
+        if key not in self._kept:
+            self._kept = {key: self._draw(seed)}
+        return self._kept[key]
+
+
 def parse_drawn_data(
     task: str, params: Mapping[str, Any], sizes: Mapping[str, tuple[int, int, int]], own: tuple[str, ...] = ()
 ) -> DrawnData:
@@ -62,8 +85,7 @@ def parse_drawn_data(
     """
     check_params(task, params, (*_COMMON, *own))
     size = params.get("size", "quick")
-    if size not in sizes:
-        raise TaskError(f"unknown size {size!r} of the task {task!r}{nearest(str(size), sizes)}")
+    check_choice("size", size, tuple(sizes))
     counts = dict(zip(("n_train", "n_val", "n_test"), sizes[size], strict=True))
     return DrawnData(**{**counts, **{key: params[key] for key in params if key in _COMMON[1:]}})
 

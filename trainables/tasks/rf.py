@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +18,16 @@ from torch import Tensor, nn
 from scm.data import Split
 from scm.models import make_model
 from scm.training.targets import STATUS_CODES, lift_semantic_targets
+from scm.trial import decode_split
 from trainables.metrics import standard_metrics
-from trainables.tasks.generated import DrawnData, check_choice, check_count, check_real, parse_drawn_data
+from trainables.tasks.generated import (
+    DrawnData,
+    DrawnSplits,
+    check_choice,
+    check_count,
+    check_real,
+    parse_drawn_data,
+)
 from trainables.tasks.protocol import TaskError
 from trainables.tasks.rf_data import (
     QUALITY_SEEN,
@@ -33,7 +40,14 @@ from trainables.tasks.rf_data import (
     encode_response,
     peak_scores,
 )
-from trainables.tasks.shared_denominator import answered_rows, row_fit_training_loss, unit_rows
+from trainables.tasks.shared_denominator import (
+    answered_rows,
+    make_network,
+    mean_or_nan,
+    row_fit_training_loss,
+    squared_errors,
+    unit_rows,
+)
 
 if TYPE_CHECKING:
     from scm.trial import Decoded
@@ -95,15 +109,11 @@ class ResonatorTask:
 
     def __init__(self, params: ResonatorParams) -> None:
         self.params = params
-        self._splits: dict[int, dict[str, Split]] = {}
+        self._drawn = DrawnSplits(params.data, self._draw)
 
     def splits(self, seed: int) -> Mapping[str, Split]:
         """Draw the splits, from the data seed or, with `redraw_data`, from the trial's seed."""
-        key = self.params.data.seed_of(seed)
-        if key not in self._splits:
-            # The last one only: a sweep over many seeds must not fill the memory.
-            self._splits = {key: self._draw(seed)}
-        return self._splits[key]
+        return self._drawn.splits(seed)
 
     def build_model(self, config: TrialConfig) -> nn.Module:
         """Build the network of the structure; its width and depth, if it has any, are the config's."""
@@ -127,16 +137,14 @@ class ResonatorTask:
         predicted = decoded.decoded.to(value.dtype)
         accepted = answered_rows(decoded)
         scores = standard_metrics(predicted, accepted, value, status, baseline=0.0)
-        zero_error = value.square().mean(dim=-1)
-        error = (predicted - value).square().mean(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        charged = torch.where(accepted, error, zero_error)
+        error, charged, zero_error = squared_errors(predicted, value, accepted)
         seen = split.extras["quality"] <= QUALITY_SEEN
         parts = {"mse": torch.ones_like(seen), "in_band_mse": seen, "extrapolation_mse": ~seen}
         for part, rows in parts.items():
-            scores[part] = _mean(error[rows & accepted])
-            scores[f"charged_{part}"] = _mean(charged[rows])
-            scores[f"predict_zero_{part}"] = _mean(zero_error[rows])
-        scores["coverage_rate"] = _mean(accepted.to(torch.float64))
+            scores[part] = mean_or_nan(error[rows & accepted])
+            scores[f"charged_{part}"] = mean_or_nan(charged[rows])
+            scores[f"predict_zero_{part}"] = mean_or_nan(zero_error[rows])
+        scores["coverage_rate"] = mean_or_nan(accepted.to(torch.float64))
         scores["strict_trigger_rate"] = 1.0 - scores["coverage_rate"]
         return scores
 
@@ -149,14 +157,11 @@ class ResonatorTask:
         self, model: nn.Module, tau_infer: float, seed: int, *, count: int = 2048
     ) -> dict[str, float]:
         """Judge the peaks of the test filters (see `rf_data.peak_scores`) as the model answers strictly."""
-        parameter = next(model.parameters())
-        model.eval()
 
         def predict(points: Floats) -> Complexes:
-            with torch.no_grad():
-                P, Q = model(torch.from_numpy(encode_points(points)).to(parameter))
-            answer = torch.where((Q.abs() >= tau_infer), P / Q, torch.nan).to("cpu", torch.float64).numpy()
-            return np.asarray(answer[:, 0] + 1j * answer[:, 1])
+            answer = decode_split(model, _make_split(points), tau_infer=tau_infer).decoded
+            real, imaginary = answer.to(torch.float64).unbind(dim=-1)
+            return np.asarray(torch.complex(real, imaginary))
 
         return peak_scores(predict, self.test_filters(seed), count=count)
 
@@ -184,11 +189,7 @@ class Resonator(nn.Module):
 
     def __init__(self, hidden_width: int, hidden_depth: int) -> None:
         super().__init__()
-        widths = [2, *[hidden_width] * hidden_depth]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.SiLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 3))
+        self.net = make_network(2, hidden_width, hidden_depth, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, 3) inputs to P and Q, both (B, 2)."""
@@ -213,7 +214,3 @@ def _make_split(points: Floats) -> Split:
             "quality": torch.from_numpy(points[:, 2].copy()),
         },
     )
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if values.numel() else float("nan")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from scm.data import Split
 from scm.models import make_model
 from scm.training.targets import STATUS_CODES, lift_semantic_targets
 from trainables.metrics import standard_metrics
-from trainables.tasks.generated import DrawnData, check_choice, check_real, parse_drawn_data
+from trainables.tasks.generated import DrawnData, DrawnSplits, check_choice, check_real, parse_drawn_data
 from trainables.tasks.rr_ik_data import (
     BUCKET_NAMES,
     DAMPING,
@@ -32,7 +31,14 @@ from trainables.tasks.rr_ik_data import (
     jacobian,
     stratified_split,
 )
-from trainables.tasks.shared_denominator import answered_rows, row_fit_training_loss, unit_rows
+from trainables.tasks.shared_denominator import (
+    answered_rows,
+    make_network,
+    mean_or_nan,
+    row_fit_training_loss,
+    squared_errors,
+    unit_rows,
+)
 
 if TYPE_CHECKING:
     from scm.trial import Decoded
@@ -88,15 +94,11 @@ class ArmTask:
 
     def __init__(self, params: ArmParams) -> None:
         self.params = params
-        self._splits: dict[int, dict[str, Split]] = {}
+        self._drawn = DrawnSplits(params.data, self._draw)
 
     def splits(self, seed: int) -> Mapping[str, Split]:
         """Draw the splits, from the data seed or, with `redraw_data`, from the trial's seed."""
-        key = self.params.data.seed_of(seed)
-        if key not in self._splits:
-            # The last one only: a sweep over many seeds must not fill the memory.
-            self._splits = {key: self._draw(seed)}
-        return self._splits[key]
+        return self._drawn.splits(seed)
 
     def build_model(self, config: TrialConfig) -> nn.Module:
         """Build the network of the structure; its width and depth are the config's."""
@@ -122,17 +124,15 @@ class ArmTask:
         accepted = answered_rows(decoded)
         scores = standard_metrics(predicted, accepted, value, status, baseline=0.0)
 
-        zero_error = value.square().mean(dim=-1)
-        error = (predicted - value).square().mean(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        charged = torch.where(accepted, error, zero_error)
-        scores["mse"] = _mean(error[accepted])
+        error, charged, zero_error = squared_errors(predicted, value, accepted)
+        scores["mse"] = mean_or_nan(error[accepted])
         scores["mae"] = scores["accepted_error"]
-        scores["success_rate"] = _mean(accepted.to(torch.float64))
-        scores["charged_mse"] = _mean(charged)
-        scores["predict_zero_mse"] = _mean(zero_error)
+        scores["success_rate"] = mean_or_nan(accepted.to(torch.float64))
+        scores["charged_mse"] = mean_or_nan(charged)
+        scores["predict_zero_mse"] = mean_or_nan(zero_error)
         for number, bucket in enumerate(BUCKET_NAMES):
             rows = split.extras["bucket"] == number
-            scores[f"charged_mse_{bucket}"] = _mean(charged[rows])
+            scores[f"charged_mse_{bucket}"] = mean_or_nan(charged[rows])
             scores[f"rows_{bucket}"] = float(rows.sum())
         return scores | pole_scores(
             split.extras["pose"].numpy(),
@@ -161,11 +161,7 @@ class StepLinearArm(nn.Module):
 
     def __init__(self, hidden_width: int, hidden_depth: int) -> None:
         super().__init__()
-        widths = [4, *[hidden_width] * hidden_depth]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.SiLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 5))
+        self.net = make_network(4, hidden_width, hidden_depth, 5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, 4) inputs to P and Q, both (B, 2)."""
@@ -245,7 +241,3 @@ def _make_split(poses: np.ndarray, buckets: np.ndarray) -> Split:
             "bucket": torch.from_numpy(buckets),
         },
     )
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if values.numel() else float("nan")

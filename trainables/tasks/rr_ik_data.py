@@ -89,7 +89,7 @@ def stratified_split(
     """Disjoint row indices of the given sizes, each with the buckets in their overall proportions.
 
     The rows of a bucket are spread evenly over a line, all buckets over the same one, and the line is cut at
-    `sizes`: each part holds its share of a bucket to within a row. Within a part the order is random.
+    `sizes`: each part holds its share of a bucket to within two rows. Within a part the order is random.
     """
     if sum(sizes) > buckets.size:
         raise ValueError(f"sizes must add up to at most {buckets.size} rows, got {sizes=}")

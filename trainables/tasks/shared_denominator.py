@@ -1,4 +1,5 @@
-"""Vector answers over one denominator: a tuple (P1, ..., PO, Q) per row, normalised and fitted as a whole.
+"""Vector answers over one denominator: a tuple (P1, ..., PO, Q) per row, normalised, fitted and scored as a
+whole.
 
 Used by the tasks whose answer is a vector (a joint step, a complex response) with one common pole set.
 """
@@ -6,10 +7,11 @@ Used by the tasks whose answer is a vector (a joint step, a complex response) wi
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scm.autodiff.policies import gate_tuple
 from scm.trial import Decoded, make_training_loss
@@ -27,6 +29,31 @@ def row_fit_training_loss(config: TrialConfig, *, weight_cap: float = 1.0) -> Lo
 def answered_rows(decoded: Decoded) -> Tensor:
     """Rows (N,) of which every component is answered: half a vector is no answer."""
     return ~decoded.bottom.reshape(decoded.bottom.shape[0], -1).any(dim=-1)
+
+
+def squared_errors(predicted: Tensor, value: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors (N,), each the mean over a row's components: as answered, as charged, of answering zero.
+
+    What is charged is the answer's error for an `accepted` row and that of answering zero for any other. An
+    answer that is not finite is off by infinity.
+    """
+    of_zero = value.square().mean(dim=-1)
+    answered = (predicted - value).square().mean(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return answered, torch.where(accepted, answered, of_zero), of_zero
+
+
+def mean_or_nan(values: Tensor) -> float:
+    """The mean of all values; nan where there are none."""
+    return float(values.mean()) if values.numel() else float("nan")
+
+
+def make_network(inputs: int, hidden_width: int, hidden_depth: int, outputs: int) -> nn.Sequential:
+    """Linear layers with SiLU between them; without hidden layers, one linear map."""
+    widths = [inputs, *[hidden_width] * hidden_depth]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 
 
 def unit_rows(P: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
