@@ -27,22 +27,35 @@ def margin_loss(
     mask_finite: expands to Q; other entries count 0. reduction: "population" divides by all entries,
     "conditional" by the finite ones (at least 1). An empty Q gives 0.
 
-    Differs from zeroproofml 0.6.1: at Q = 0 the gradient is the one-sided derivative, so that an exact zero
-    is pushed out, to the side of its sign bit.
+    Differs from zeroproofml 0.6.1: a row that mask_finite names is pushed out of an exact zero, to the side
+    of its sign bit (the gradient there is the one-sided derivative). Without a mask nothing says that the
+    zero is wrong, and its gradient is 0, as there.
     """
     check_at_least_zero("tau_train", tau_train)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction=}")
     mask = None if mask_finite is None else bool_mask("mask_finite", mask_finite, Q)
     Q = gate_denominator(Q, tau=tau_train)
-    return reduce_rows(below_kernel, Q, tau_train, mask, reduction == "conditional")
+    return reduce_rows(below_kernel, Q, tau_train, mask, reduction == "conditional", mask is not None)
 
 
 def below_kernel(
-    Q: Tensor, tau: float | Tensor, mask: Tensor | None, conditional: bool, *, with_gradients: bool
+    Q: Tensor,
+    tau: float | Tensor,
+    mask: Tensor | None,
+    conditional: bool,
+    zeros_leave: bool,
+    *,
+    with_gradients: bool,
 ) -> Reduced:
-    """Kernel of the mean of ``relu(tau - |Q|)^2``."""
-    return _mean_square((tau - Q.abs()).clamp(min=0), Q, -2.0, mask, conditional, with_gradients)
+    """Kernel of the mean of ``relu(tau - |Q|)^2``; exact zeros are pushed out if `zeros_leave`."""
+    excess = (tau - Q.abs()).clamp(min=0)
+    loss, share, excess = _mean_square(excess, mask, conditional)
+    if not with_gradients:
+        return Reduced(loss)
+    # copysign, unlike the derivative of |Q|, has no zero at zero.
+    outward = torch.copysign(excess, Q) if zeros_leave else excess * Q.sign()
+    return Reduced(loss, (outward * (-2.0 * share),))
 
 
 def above_kernel(
@@ -50,19 +63,19 @@ def above_kernel(
 ) -> Reduced:
     """Kernel of the mean of ``relu(|Q| - tau)^2``; what is too large to be squared counts as the largest."""
     largest = math.sqrt(torch.finfo(Q.dtype).max / max(Q.numel(), 1)) / 2
-    return _mean_square((Q.abs() - tau).clamp(min=0, max=largest), Q, 2.0, mask, conditional, with_gradients)
+    loss, share, excess = _mean_square((Q.abs() - tau).clamp(min=0, max=largest), mask, conditional)
+    if not with_gradients:
+        return Reduced(loss)
+    return Reduced(loss, (torch.copysign(excess, Q) * (2.0 * share),))
 
 
 def _mean_square(
-    excess: Tensor, Q: Tensor, slope: float, mask: Tensor | None, conditional: bool, with_gradients: bool
-) -> Reduced:
+    excess: Tensor, mask: Tensor | None, conditional: bool
+) -> tuple[Tensor, Tensor | float, Tensor]:
+    """Return the mean of the squares, the share of each row in it, and the excess of the rows that count."""
     if mask is not None:
         excess = torch.where(mask, excess, 0.0)
     share: Tensor | float = 1.0 / max(excess.numel(), 1)
     if conditional and mask is not None:
         share = mask.sum().clamp(min=1).to(excess.dtype).reciprocal()
-    loss = torch.dot(excess.flatten(), excess.flatten()) * share
-    if not with_gradients:
-        return Reduced(loss)
-    # copysign, unlike the derivative of |Q|, has no zero at zero.
-    return Reduced(loss, (torch.copysign(excess, Q) * (slope * share),))
+    return torch.dot(excess.flatten(), excess.flatten()) * share, share, excess

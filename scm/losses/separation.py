@@ -23,7 +23,7 @@ def scm_separation_losses(
     expand to Q. A group without rows costs 0. tau_finite >= tau_bot >= 0 (ValueError).
 
     Differs from zeroproofml 0.6.1: a value that is not finite in one group reaches neither the other group's
-    loss nor any other row's gradient; exact zeros of finite rows are pushed out.
+    loss nor any other row's gradient; rows that mask_finite names are pushed out of an exact zero.
     """
     check_thresholds(tau_bot, tau_finite)
     down = bool_mask("mask_censored", mask_censored, Q)
@@ -31,7 +31,7 @@ def scm_separation_losses(
     Q = gate_denominator(Q)
     return (
         reduce_rows(above_kernel, Q, tau_bot, down, True),
-        reduce_rows(below_kernel, Q, tau_finite, up, True),
+        reduce_rows(below_kernel, Q, tau_finite, up, True, mask_finite is not None),
     )
 
 

@@ -169,7 +169,7 @@ class SCMTrainingLoss:
                 singular = bool_mask("mask_singular", singular, torch.broadcast_tensors(P, Q, Y_n, Y_d)[0])
             add("sign", sign_kernel, (0, 1), Y_n, Y_d, config.gamma, singular)
         if not _is(0, lambdas["margin"]):
-            add("margin", below_kernel, (1,), tau, finite, False)
+            add("margin", below_kernel, (1,), tau, finite, False, finite is not None)
         if config.coverage_term == "soft" and not _is(0, lambdas["rejection"]):
             trained = None if rows.trained is None else bool_mask("mask_trained", rows.trained, Q)
             # Ungated, and a denominator that is not a number must not take all others' gradient with it.
@@ -198,6 +198,7 @@ class SCMTrainingLoss:
                     config.tau_finite,
                     ~censored if finite is None else finite,
                     True,
+                    finite is not None,
                 )
         return terms
 
