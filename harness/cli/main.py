@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,6 +71,8 @@ def run_command(arguments: list[str]) -> int:
     try:
         return int(module.main(rest))
     except SystemExit as stop:  # argparse's --help
+        if stop.code == signal.SIGTERM:  # Ray leaves so when it is terminated while it starts
+            raise KeyboardInterrupt from None
         return stop.code if isinstance(stop.code, int) else EXIT_BAD_INPUT
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from typing import Any
 import pytest
 
 from harness.cli.main import COMMANDS, main
-from harness.errors import EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_OK, EXIT_RUN_FOLDER, UserError
+from harness.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_RUN_FOLDER,
+    UserError,
+)
 from harness.plan import load_plan
 from harness.run_folder import create_run, read_run_id
 
@@ -328,3 +336,16 @@ def test_an_empty_folder_becomes_the_run(
     create_run(Path("."), plan, {})
     assert out.stat().st_ino == before
     assert sorted(path.name for path in out.iterdir()) == ["plan.yaml", "provenance.json"]
+
+
+def test_termination_while_ray_starts_is_an_interruption(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray turns SIGTERM into an exit of its own; the exit code is still a documented one."""
+
+    def terminated(argv: object) -> int:
+        sys.exit(signal.SIGTERM)
+
+    monkeypatch.setattr("harness.cli.tasks.main", terminated)
+    assert main(["tasks"]) == EXIT_INTERRUPTED
+    assert one_error(capsys) == "error: interrupted"
