@@ -13,9 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainables.configs import resolve_config
+from trainables.tasks.dose_data import draw_dose_rows, three_way_scores
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "peer_domains.py"
 
@@ -82,6 +84,13 @@ def test_one_bad_seed_misses_the_target(bench: ModuleType, worst: float) -> None
     result = bench.run_domain(bench.DOMAINS["rf"], bench.AMOUNTS["quick"], runs)
     assert result["passed"] is False
     assert "MISS" in bench.render({"run": "quick", "size": "quick", "duration_s": 1.0, "domains": [result]})
+
+
+def test_the_trivial_answer_of_dose_is_the_best_constant_call(bench: ModuleType) -> None:
+    """No call that is the same for every curve scores better than what the table prints as trivial."""
+    label = draw_dose_rows(60_000, np.random.default_rng(0), balanced=True).y[:, 1]
+    constant = [three_way_scores(label, np.full(label.size, call))["macro_f1"] for call in range(3)]
+    assert float(bench.DOMAINS["dose"].trivial) == pytest.approx(max(constant), abs=0.002)
 
 
 def test_configs_that_failed_a_trial_or_are_too_large_are_out(bench: ModuleType) -> None:

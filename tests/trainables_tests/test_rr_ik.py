@@ -203,6 +203,18 @@ def test_exact_answers_have_no_pole_errors() -> None:
     assert flipped["sign_flip_rate"] == 1.0
 
 
+@pytest.mark.parametrize("garbage", [float("inf"), float("nan"), 1e38], ids=["inf", "nan", "huge"])
+def test_answering_garbage_once_looks_bad(garbage: float) -> None:
+    """One answer that is not finite costs infinity in every error, without a warning; a huge one costs much."""
+    task = make_rr_ik_task(SMALL)
+    split = task.splits(0)["test"]
+    values = split.extras["value"].clone()
+    values[0] = garbage
+    scores = task.metrics(_answers(values, torch.zeros(len(split), dtype=torch.bool)), split, CONFIG)
+    for name in ("mse", "charged_mse", "charged_error", "residual_consistency"):
+        assert scores[name] > 1e30, name
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [

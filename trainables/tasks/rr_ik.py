@@ -196,7 +196,7 @@ def pole_scores(
     - slope_error: |difference| of the slopes of log |step| over log |det J| between answers and truth, over
       answered rows with 0.02 < |det J| < 0.5.
     - residual_consistency: root mean square over answered rows of the distance (link lengths) between the tip
-      motions J dtheta of answer and truth.
+      motions J dtheta of answer and truth; infinite where an answer is not finite.
     """
     det = np.abs(determinant(pose[:, :2]))
     smallest = np.argsort(q_abs, kind="stable")[: max(1, len(q_abs) // 100)]
@@ -212,9 +212,18 @@ def pole_scores(
         scores["slope_error"] = float(abs(slope - true_slope))
     else:
         scores["slope_error"] = float("nan")
-    off = (jacobian(pose[answered, :2]) @ (predicted - truth)[answered][:, :, None])[..., 0]
-    scores["residual_consistency"] = float(np.sqrt((off**2).sum(axis=1).mean())) if len(off) else float("nan")
+    scores["residual_consistency"] = _tip_error(pose[answered], (predicted - truth)[answered])
     return scores
+
+
+def _tip_error(pose: np.ndarray, error: np.ndarray) -> float:
+    """Root mean square (link lengths) of the tip motions of joint errors, to first order; nan without rows."""
+    if not len(error):
+        return float("nan")
+    if not np.isfinite(error).all():
+        return float("inf")
+    off = (jacobian(pose[:, :2]) @ error[:, :, None])[..., 0]
+    return float(np.sqrt((off**2).sum(axis=1).mean()))
 
 
 def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
