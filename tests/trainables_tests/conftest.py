@@ -1,9 +1,12 @@
-"""The example data sets as task parameters, and small tables made on the spot."""
+"""The example data sets as task parameters, small tables made on the spot, and the benchmarks as modules."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -51,3 +54,19 @@ def write_csv(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Load a script of the folder `benchmarks`, which lies outside of the packages, as a module."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses look up their annotations
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,20 +17,11 @@ import pytest
 from trainables.configs import resolve_config
 from trainables.tasks.dose_data import draw_dose_rows, three_way_scores
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "peer_domains.py"
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """The benchmark's module, which lies outside of the packages."""
-    spec = importlib.util.spec_from_file_location("peer_domains", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_domains"] = module  # where its dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["peer_domains"]
+@pytest.fixture
+def bench(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    """The benchmark's module."""
+    return load_benchmark("peer_domains")
 
 
 def _row(config_id: str, *, val: float, test: float, **others: Any) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_exact_answers_have_no_pole_errors() -> None:
 
 @pytest.mark.parametrize("garbage", [float("inf"), float("nan"), 1e38], ids=["inf", "nan", "huge"])
 def test_answering_garbage_once_looks_bad(garbage: float) -> None:
-    """One answer that is not finite costs infinity in every error, without a warning; a huge one costs much."""
+    """One answer that is not finite costs infinity in every error, without a warning."""
     task = make_rr_ik_task(SMALL)
     split = task.splits(0)["test"]
     values = split.extras["value"].clone()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,20 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "step_time.py"
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """The benchmark's module, which lies outside of the packages."""
-    spec = importlib.util.spec_from_file_location("step_time", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["step_time"] = module  # where its dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["step_time"]
+@pytest.fixture
+def bench(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    """The benchmark's module."""
+    return load_benchmark("step_time")
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def pole_scores(
 
 
 def _tip_error(pose: np.ndarray, error: np.ndarray) -> float:
-    """Root mean square (link lengths) of the tip motions of joint errors, to first order; nan without rows."""
+    """Root mean square (link lengths) of the tip motions of joint errors, to first order; nan if none."""
     if not len(error):
         return float("nan")
     if not np.isfinite(error).all():
