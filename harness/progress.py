@@ -71,11 +71,11 @@ class Tally:
         """All of it as one line of text."""
         parts = [f"{self.done}/{self.total} trials", f"{self.running} running"]
         parts += [f"{self.counts[status]} {status}" for status in STATUSES[1:] if self.counts[status]]
-        if self.best is not None:
-            parts.append(f"best {self.metric} {self.best[0]:.4g} ({self.best[1]})")
         left = self.seconds_left()
         if left is not None and self.done < self.total:
             parts.append(f"{format_seconds(left)} left")
+        if self.best is not None:
+            parts.append(f"best {self.metric} {self.best[0]:.4g} ({self.best[1]})")
         return ", ".join(parts)
 
 
@@ -129,7 +129,9 @@ class Display:
     def _view(self) -> Table:
         tally = self._tally
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(tally.total, 1), completed=tally.done, width=24)
+        for _ in range(3):
+            grid.add_column(no_wrap=True)
+        bar = ProgressBar(total=max(tally.total, 1), completed=tally.done, width=16)
         grid.add_row(self._title, bar, tally.line())
         return grid
 

@@ -45,7 +45,7 @@ def test_counts_and_time_left() -> None:
     tally.add(ended("b", 1, "failed"))
     tally.running = 2
     assert tally.seconds_left() == 20.0
-    line = "4/8 trials, 2 running, 1 diverged, 1 failed, best charged_error 1 (a), 20 s left"
+    line = "4/8 trials, 2 running, 1 diverged, 1 failed, 20 s left, best charged_error 1 (a)"
     assert tally.line() == line
 
 
