@@ -6,8 +6,8 @@ is how these trials do on their test data: mean, standard deviation and worst. E
 worst seed. Abstention is charged throughout: a rejected row costs what the trivial answer would.
 
     python benchmarks/peer_domains.py --quick            under two minutes on two cores
-    python benchmarks/peer_domains.py                    more candidates and seeds, and models without the
-                                                         structure that the tasks bring
+    python benchmarks/peer_domains.py                    more candidates and seeds, and models with less of
+                                                         the structure that the tasks bring
     python benchmarks/peer_domains.py --paper            the sizes of the published runs
 
 The numbers of the peer were measured once, by running its published defaults at paper size with one seed, on
