@@ -18,7 +18,7 @@ class Split:
     """Rows of one part of the data: inputs (N, ...), their lifted targets, and what else a task keeps.
 
     Each of `extras` holds one entry a row, (N, ...), for metrics; training does not read them. Raises
-    ValueError when the numbers of rows differ.
+    TypeError for targets that are not lifted, ValueError when the numbers of rows differ.
     """
 
     inputs: Tensor
@@ -27,6 +27,11 @@ class Split:
 
     def __post_init__(self) -> None:
         rows = len(self)
+        if not isinstance(self.targets, SemanticTargets):
+            raise TypeError(
+                "targets must be what lift_semantic_targets(values, statuses) returns, "
+                f"got {type(self.targets).__name__}"
+            )
         if len(self.targets) != rows:
             raise ValueError(f"targets must have one entry a row, got {len(self.targets)} for {rows} rows")
         for name, extra in self.extras.items():

@@ -34,15 +34,16 @@ class Fed(NamedTuple):
 class LossCall:
     """A loss function, and which of `FACTS` its signature takes.
 
-    A function that cannot be inspected, or that takes ``**kwargs``, is told all of them.
+    A function that cannot be inspected, or that takes ``**kwargs``, is told all of them. Its first two
+    parameters are outputs and lifted targets, whatever they are called.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
-        named, takes_any = _keyword_names(function)
+        taken, named, takes_any = _keyword_names(function)
         self.names_semantic_targets = "semantic_targets" in named
         self.takes_any = takes_any
-        self.facts = FACTS if takes_any else tuple(fact for fact in FACTS if fact in named)
+        self.facts = tuple(fact for fact in FACTS if fact in named or (takes_any and fact not in taken))
 
     def __call__(self, outputs: Any, fed: Fed, known: dict[str, Any]) -> Tensor:
         """Return the loss; `known` holds tau, epoch, global_step and loss_weights."""
@@ -59,15 +60,19 @@ class LossCall:
         return self.function(outputs, fed.lifted, **told)
 
 
-def _keyword_names(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+def _keyword_names(function: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str], bool]:
+    """Return the names of the first two parameters, those of the others, and whether any name is taken."""
     try:
         # The call of a module takes anything; what it hands it to is its forward().
         asked = function.forward if isinstance(function, nn.Module) else function
         parameters = inspect.signature(asked).parameters.values()
     except (TypeError, ValueError):
-        return frozenset(), True
-    named = {item.name for item in parameters if item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)}
-    return frozenset(named), any(item.kind is item.VAR_KEYWORD for item in parameters)
+        return frozenset(), frozenset(), True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = frozenset([item.name for item in parameters if item.kind in positional][:2])
+    nameable = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = frozenset(item.name for item in parameters if item.kind in nameable)
+    return taken, named - taken, any(item.kind is item.VAR_KEYWORD for item in parameters)
 
 
 class Feeder:

@@ -307,6 +307,8 @@ class SCMTrainer:
     def _forward_backward(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
         outputs = self._forward(fed.inputs)
         loss = self._loss(outputs, fed, facts)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}")
         if loss.ndim:
             raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
         by_rows = self.config.accumulation_weighting == "samples"

@@ -79,6 +79,26 @@ def test_targets_whose_sum_overflows_are_still_finite() -> None:
     assert torch.equal(fed.lifted[1], torch.ones(7))
 
 
+def calls_them_targets(outputs: Any, targets: Any) -> Tensor:
+    """A loss whose parameter has the name of a fact."""
+    return (outputs[0] - targets[0]).square().mean()
+
+
+def calls_them_targets_and_takes_any(outputs: Any, targets: Any, **facts: Any) -> Tensor:
+    """The same, told everything else."""
+    assert "targets" not in facts
+    return calls_them_targets(outputs, targets)
+
+
+@pytest.mark.parametrize("loss", [calls_them_targets, calls_them_targets_and_takes_any])
+def test_the_lifted_targets_may_be_called_targets(loss: Any) -> None:
+    """The first two parameters are given by position alone, whatever they are called."""
+    fed = feeder(loss).prepare((X, Y))
+    assert fed is not None
+    facts = {"tau": 1e-4, "epoch": 0, "global_step": 0, "loss_weights": {}}
+    assert float(LossCall(loss)((Y, Y), fed, facts)) == 0
+
+
 @pytest.mark.parametrize(
     "batch",
     [X, (X,), (X, Y, ALL, ALL), (X, [1.0] * 7), {"x": X, "y": Y}, (X, lift_semantic_targets(Y, ALL), ALL)],

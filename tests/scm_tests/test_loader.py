@@ -170,6 +170,8 @@ def test_a_split_knows_its_content() -> None:
 
 def test_a_split_refuses_parts_of_other_lengths() -> None:
     """Inputs, targets and extras have one entry a row."""
+    with pytest.raises(TypeError, match=r"targets must be what lift_semantic_targets.* returns, got Tensor"):
+        Split(torch.zeros(5, 2), torch.zeros(5))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="targets must have one entry a row"):
         Split(torch.zeros(3, 2), make_targets(4))
     with pytest.raises(ValueError, match=r"got weight \(2,\) for 3 rows"):

@@ -330,6 +330,15 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
         make_trainer([(x, y)], lambda outputs, lifted: outputs[0] - lifted[0]).fit()
 
 
+@pytest.mark.parametrize(
+    ("returned", "got"), [((torch.zeros(()), {}), "tuple"), (0.5, "float")], ids=["breakdown", "number"]
+)
+def test_a_loss_that_is_no_tensor_is_refused(returned: Any, got: str) -> None:
+    """A breakdown handed on, and a number without its graph, are named for what they are."""
+    with pytest.raises(TypeError, match=f"loss_fn must return a scalar tensor, got {got}"):
+        make_trainer([make_rows()], lambda outputs, lifted: returned).fit()
+
+
 # --- gradient policies ---------------------------------------------------------------------------
 
 TAU = 0.33  # some |Q| of the untrained head lie below it, most above

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
 
-# loss(outputs, (Y_n, Y_d), *, tau, semantic_targets, loss_weights, epoch, ...) -> 0-d tensor; of the keywords
-# a loss is given those that its signature names.
+# As `Task.make_loss` says.
 LossFn = Callable[..., "Tensor"]
 
 SPLIT_NAMES: tuple[str, ...] = ("train", "val", "test")
@@ -62,7 +61,12 @@ class Task(Protocol):
         ...
 
     def make_loss(self, config: TrialConfig) -> LossFn | None:
-        """Give a loss (see `LossFn`), or None to take the one that the config describes."""
+        """Give a loss, or None to take the one that the config describes.
+
+        The loss is called as loss(outputs, (Y_n, Y_d), **facts) and returns a 0-d tensor; of the facts tau,
+        inputs, targets, semantic_targets, loss_weights, epoch and global_step it is told those that its
+        signature names. `scm.trial.make_training_loss(config, fit)` changes the fit term alone.
+        """
         ...
 
     def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
