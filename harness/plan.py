@@ -283,10 +283,12 @@ def check_names(plan: Plan, document: Document) -> None:
     """Refuse metrics that stand for nothing: objectives, ranking metrics, halving metric."""
     lines = metric_lines(document, ("ranking", "by"), plan.ranking.by or [], lower=False)
     lines += metric_lines(document, ("search", "objectives"), plan.search.objectives, lower=True)
-    if plan.search.scalarisation != "total" and plan.search.objectives[0] != SHORTFALL:
+    search = plan.search
+    lexical = search.algorithm == "tpe" and search.scalarisation != "total"  # the others make no one number
+    if lexical and search.objectives[0] != SHORTFALL:
         at = document.place(("search", "objectives"))
         lines.append(
-            f"{at}: scalarisation {plan.search.scalarisation!r} needs {SHORTFALL!r} as its first objective; "
+            f"{at}: scalarisation {search.scalarisation!r} needs {SHORTFALL!r} as its first objective; "
             "use 'total' for others"
         )
     halving = plan.halving

@@ -156,7 +156,8 @@ def _checked(name: str, knob: Knob, value: Any) -> Any:
         return None
     value = _typed(name, knob, value)
     if knob.choices and value not in knob.choices:
-        raise ValueError(f"{name} must be one of {', '.join(knob.choices)}, got {name}={value!r}")
+        also = " or None (null in a plan)" if knob.optional else ""
+        raise ValueError(f"{name} must be one of {', '.join(knob.choices)}{also}, got {name}={value!r}")
     _, holds = _RULES[name]
     if not holds(value):
         raise ValueError(f"{name} must be {knob.rule}, got {name}={value!r}")

@@ -131,7 +131,8 @@ class Space:
         SpaceError for a knob that is not here, or one that is given a domain and can never be active.
         """
         problems = [
-            f"unknown knob {k!r} {nearest_hint(str(k), self.domains)}"
+            f"unknown knob {k!r} {nearest_hint(str(k), self.domains)}: override changes knobs of the spaces "
+            "used, domains adds others"
             for k in changes
             if k not in self.domains
         ]

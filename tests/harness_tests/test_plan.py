@@ -81,13 +81,17 @@ def problems(tmp_path: Path, text: str) -> list[str]:
             ["3:16: configs are chosen on the validation"],
         ),
         (
-            HEAD + "space: [optimizer]\nsearch: {objectives: [coverage]}\n",
-            ["3:23: an objective must be better when lower", "3:22: scalarisation 'lexicographic' needs"],
+            HEAD + "space: [optimizer]\nsearch: {algorithm: tpe, objectives: [coverage]}\n",
+            ["3:39: an objective must be better when lower", "3:38: scalarisation 'lexicographic' needs"],
         ),
         (HEAD + "space: [optimizer\n", ["3:1: not YAML"]),
         (
             HEAD + "space: [optimizer]\nsearch: {algorithm: randm}\n",
             ["3:21: unknown search algorithm 'randm', did you mean 'random'? (known: random, grid"],
+        ),
+        (
+            HEAD + "space: {use: [optimizer], override: {hidden_width: [8]}}\n",
+            ["2:52: unknown knob 'hidden_width' (known: optimizer, "],
         ),
         (
             HEAD + "space: [optimizer]\nsearch: {algorithm: grid, configs: 4}\n",
