@@ -60,7 +60,7 @@ class LensTask:
         return LensModel(config.hidden_width)
 
     def make_loss(self, config: TrialConfig) -> LossFn | None:
-        """None takes the loss that the config describes; a function of your own may stand here."""
+        """None takes the loss that the config describes; docs/tasks.md shows how to give one of your own."""
         return None
 
     def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:

@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 from ruamel import yaml
 
-from harness.cli.main import COMMANDS, help_text
+from harness.cli.main import COMMANDS, help_text, main
 from harness.plan import Plan, load_plan, plan_space
-from reports.schema import BASE_COLUMNS
+from harness.yaml_text import write_yaml
+from reports.metrics import METRICS
+from reports.schema import BASE_COLUMNS, HISTORY_COLUMNS
+from scm.training.targets import STATUSES
+from scm.trial_config import KNOBS
 from search_spaces.named import SPACES
 from trainables.tasks.registry import TASKS
 from trainables.tasks.table import TableParams, parse_table_params
+from trainables.trial import HISTORY_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,10 +32,29 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
 
 
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the examples and with runs/mine, what a small sweep of one of them left."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    plan = {
+        "task": {"name": "own_task:LensTask", "rows": 60},
+        "space": ["coverage_targets", "tau_ranges", "loss_weights", "optimizer"],
+        "config": {"max_epochs": 1},
+        "search": {"algorithm": "sobol", "configs": 4, "batch": 4},
+        "seeds": [0, 1],
+        "base_dir": str(ROOT / "examples"),
+    }
+    path = folder / "small.yaml"
+    path.write_text(write_yaml(plan), encoding="utf-8")
+    assert main(["sweep", str(path), "--out", str(folder / "runs" / "mine")]) == 0
+    return folder
+
+
 @BY_NAME
-def test_the_python_of_a_document_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of one document, run one after another in an empty folder, raise nothing."""
-    monkeypatch.chdir(tmp_path)
+def test_the_python_of_a_document_runs(path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of one document, run one after another beside the examples and a run, raise nothing."""
+    monkeypatch.chdir(workplace)
     names: dict[str, Any] = {"__name__": "document"}
     for number, source in enumerate(blocks(path, "python"), 1):
         exec(compile(source, f"{path.name}, block {number}", "exec"), names)
@@ -72,10 +96,25 @@ def test_the_parameters_of_the_table_task_are_explained() -> None:
     assert parse_table_params({key: value for key, value in shown.items() if key != "name"})
 
 
+def test_every_knob_is_explained_with_its_default_and_its_choices() -> None:
+    """docs/knobs.md has one row for each knob, in order, and no other."""
+    text = (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \|", text, re.M)
+    assert [name for name, _, _ in shown] == list(KNOBS)
+    for name, default, values in shown:
+        knob = KNOBS[name]
+        assert yaml.YAML(typ="safe").load(default) == knob.default, name
+        assert set(knob.choices) <= set(values.split(", ")), name
+        assert knob.optional == ("null" in values), name
+
+
 def test_every_column_task_space_and_command_is_named() -> None:
     """What can be asked for by name stands in a document under that name."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in DOCS}
-    assert [column.name for column in BASE_COLUMNS if f"`{column.name}`" not in texts["rows.md"]] == []
+    columns = {column.name for column in [*BASE_COLUMNS, *HISTORY_COLUMNS]} | {*HISTORY_KEYS}
+    metrics = {name for name in METRICS if not name.startswith("metric.")}
+    assert [name for name in columns | metrics if f"`{name}`" not in texts["rows.md"]] == []
+    assert [status for status in STATUSES if f"`{status}`" not in texts["tasks.md"]] == []
     assert [task for task in TASKS if f"`{task}`" not in texts["tasks.md"]] == []
     assert [command for command in COMMANDS if f"scm-harness {command}" not in "".join(texts.values())] == []
     assert [space for space in SPACES if space not in texts["plans.md"] + texts["README.md"]] == []
