@@ -71,10 +71,16 @@ def parse_metric(text: str) -> Metric:
         if name in METRICS and METRICS[name].direction != direction:
             raise ValueError(f"metric {name} is better {METRICS[name].direction}, got {text!r}")
         if name not in METRICS and not name.startswith(METRIC_PREFIXES):
-            raise ValueError(f"unknown metric {name}{nearest_name(name, METRICS)}")
+            raise ValueError(_unknown(name))
         return Metric(name, direction)
     if name in METRICS:
         return METRICS[name]
     if name.startswith(METRIC_PREFIXES):
         raise ValueError(f"metric {name} needs its direction: {name}:lower or {name}:higher")
-    raise ValueError(f"unknown metric {name}{nearest_name(name, METRICS)}")
+    raise ValueError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    known = ", ".join(metric for metric in METRICS if not metric.startswith(METRIC_PREFIXES))
+    hint = nearest_name(name, METRICS) or f"; known: {known}, and a task's own, as in metric.{name}:lower"
+    return f"unknown metric {name}{hint}"

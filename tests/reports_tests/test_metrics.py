@@ -26,7 +26,7 @@ def test_a_tasks_own_metric_is_given_with_its_direction():
     ("text", "message"),
     [
         ("acepted_error", "unknown metric acepted_error; did you mean accepted_error?"),
-        ("seed", "unknown metric seed"),
+        ("seed", "unknown metric seed; known: coverage_shortfall, .*metric.seed:lower"),
         ("metric.hits", "metric metric.hits needs its direction: metric.hits:lower or metric.hits:higher"),
         ("metric.hits:up", "direction of metric metric.hits must be lower or higher, got 'up'"),
         ("coverage:lower", "metric coverage is better higher"),
