@@ -86,6 +86,7 @@ class SearchSection(Section):
     points_per_range: Annotated[int, Field(ge=1, le=1000)] = 3  # grid alone
     startup: Count = 10  # tpe alone: configs before the first that is learned
     scalarisation: Literal["lexicographic", "weighted", "total"] = "lexicographic"  # tpe alone
+    with_defaults: bool = False  # train what would be trained without a search, too
 
 
 class HalvingSection(Section):

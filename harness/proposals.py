@@ -40,21 +40,27 @@ class SearchProposer:
         while configs := self._searcher.next_batch():
             cohort = self._searcher.cohort
             specs: list[TrialSpec] = []
+            if self._plan.search.with_defaults and not self._known:
+                specs += self._new_trials(full_config(self._plan.config), cohort)
             for drawn in configs:
                 # A fixed knob holds for every config, also where the space would not have drawn it.
                 full = full_config({**self._plan.config, **drawn})
-                identity = self.config_id(full)
-                self._untold[config_id(drawn)] = identity
-                if identity not in self._known:
-                    self._known.add(identity)
-                    specs += [
-                        TrialSpec(trial_id(identity, seed), identity, seed, cohort, full)
-                        for seed in self._plan.seeds
-                    ]
+                self._untold[config_id(drawn)] = self.config_id(full)
+                specs += self._new_trials(full, cohort)
             if specs:
                 return specs
             self._tell()
         return []
+
+    def _new_trials(self, config: dict[str, Any], cohort: int) -> list[TrialSpec]:
+        """A trial for each seed of a config that no batch has held yet, else none."""
+        identity = self.config_id(config)
+        if identity in self._known:
+            return []
+        self._known.add(identity)
+        return [
+            TrialSpec(trial_id(identity, seed), identity, seed, cohort, config) for seed in self._plan.seeds
+        ]
 
     def batch_ended(self, cohort: int, ended: Mapping[str, EndedTrial]) -> None:
         """Tell the searcher what every config of a batch was worth, over all its seeds."""

@@ -61,7 +61,8 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
         check_same_data(written, data_digests, out)
         sink = RunSink(out, plan, run_id=read_run_id(out), provenance=provenance, data_digests=data_digests)
         stack.callback(sink.close)
-        tally = Tally(plan.search.configs * len(plan.seeds), plan.seeds)
+        configs = plan.search.configs + plan.search.with_defaults
+        tally = Tally(configs * len(plan.seeds), plan.seeds)
         board = make_board(plan, proposer, sink, tally, written)
         display = stack.enter_context(Display(tally, sys.stderr, title=out.name))
 
@@ -88,7 +89,8 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
 
 def opening_line(plan: Plan, out: Path, concurrency: int, written: int) -> str:
     """What a sweep is about to do, in one line."""
-    what = f"{plan.search.configs} configs ({plan.search.algorithm}) x {len(plan.seeds)} seeds"
+    defaults = " and the defaults" if plan.search.with_defaults else ""
+    what = f"{plan.search.configs} configs ({plan.search.algorithm}){defaults} x {len(plan.seeds)} seeds"
     kept = f", {written} trials there already" if written else ""
     return f"{out.name}: {what}, {concurrency} at once, into {out}{kept}"
 

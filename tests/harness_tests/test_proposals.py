@@ -14,7 +14,7 @@ from harness.jobs import EndedTrial, TrialSpec
 from harness.objectives import Objective
 from harness.plan import ResourcesSection, load_plan
 from harness.proposals import SearchProposer
-from trainables.configs import KNOB_TYPES
+from trainables.configs import KNOB_TYPES, resolve_config
 
 
 def end(spec: TrialSpec, **outcome: Any) -> EndedTrial:
@@ -37,6 +37,22 @@ def test_every_config_with_every_seed_and_every_knob(write_plan: Callable[..., P
     assert [spec.seed for spec in first] == [3, 5, 3, 5]
     assert len({spec.trial_id for spec in first + second}) == 8
     assert set(first[0].config) == set(KNOB_TYPES)
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe"])
+def test_the_defaults_are_trained_beside_what_is_drawn(
+    algorithm: str, write_plan: Callable[..., Path]
+) -> None:
+    """Asked for, the first batch holds the config of no search at all, once; the search is not told of it."""
+    search = {"algorithm": algorithm, "configs": 4, "batch": 2, "with_defaults": True}
+    proposer = SearchProposer(load_plan(write_plan(search=search, config={"max_epochs": 2}, seeds=[0, 1])))
+    first = proposer.next_batch()
+    assert len(first) == 2 + 2 * 2
+    assert first[0].config == resolve_config({"max_epochs": 2})
+    proposer.batch_ended(0, {spec.trial_id: end(spec) for spec in first})
+    second = proposer.next_batch()
+    assert len(second) == 2 * 2
+    assert not {spec.config_id for spec in first} & {spec.config_id for spec in second}
 
 
 def test_a_fixed_knob_holds_for_every_config(write_plan: Callable[..., Path]) -> None:
