@@ -50,11 +50,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a segment said: its epochs, and at its end the outcome; `state` when the trial could go on."""
+    """What a segment said: its epochs, and at its end the outcome; `state` when the trial could go on.
+
+    On the way from a worker the state is a reference, which the driver exchanges for the bytes.
+    """
 
     epochs: Sequence[Mapping[str, float]]
     outcome: Mapping[str, Any] | None = None
-    state: bytes | None = None
+    state: Any = None
     place: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -86,7 +86,9 @@ class SegmentTrainable(SCMTrainable):
         assert run is not None
         with tempfile.TemporaryDirectory(prefix="scm-state-") as folder:
             self.save_checkpoint(folder)
-            state = pack_folder(Path(folder))
+            # Beside the report, which must stay small enough to travel with the answer itself: what Ray keeps
+            # on this node is lost with it, and Tune cannot go on when that happens to a result.
+            state = ray.put(pack_folder(Path(folder)))
         run.stop(f"{HALVED} at epoch {self._until}")
         return Report(epochs, run.outcome(), state, self._place())
 

@@ -12,8 +12,10 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
@@ -99,7 +101,13 @@ class DriverLink:
         return parcel
 
     def reported(self, tune_id: str, report: Report) -> None:
-        """Hand a worker's report to the board."""
+        """Hand a worker's report to the board; one whose state went away with its node counts as lost."""
+        if report.state is not None:
+            try:
+                report = replace(report, state=ray.get(report.state))
+            except ray.exceptions.ObjectLostError as error:
+                self.lost(tune_id, f"its state was lost with its node ({type(error).__name__})")
+                return
         segment, parcel = self._segments[tune_id]
         if report.outcome is not None:
             del self._segments[tune_id]
