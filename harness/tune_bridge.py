@@ -177,6 +177,10 @@ class DriverCallback(tune.Callback):
     def __init__(self, link: DriverLink) -> None:
         self._link = link
 
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Give the trial a last result; to log a failure Tune would fetch one from the node that failed."""
+        trial.run_metadata.last_result = {"started": True}
+
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """A turn of Tune's loop: lets the display move and waiting rows be written."""
         self._link.tick()
