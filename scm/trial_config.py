@@ -17,6 +17,21 @@ from typing import Any, cast
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """Values of a knob that a rule tells, because they cannot be listed; asked with `in`, as a tuple is."""
+
+    rule: str
+    holds: Callable[[Any], bool]
+
+    def __contains__(self, value: Any) -> bool:
+        return self.holds(value)
+
+
+POSITIVE = Condition("> 0", lambda value: value is not None and value > 0)
+GIVEN = Condition("not None", lambda value: value is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Knob:
     """What may be said about one field of `TrialConfig`.
 
@@ -28,7 +43,7 @@ class Knob:
     default: float | int | bool | str | None
     optional: bool
     choices: tuple[str, ...]
-    active_when: Mapping[str, tuple[Any, ...]]
+    active_when: Mapping[str, tuple[Any, ...] | Condition]
     rule: str
 
     def is_active(self, config: Mapping[str, Any]) -> bool:
@@ -46,7 +61,12 @@ _AT_LEAST_ONE: _Rule = (">= 1", lambda value: value >= 1)
 
 
 def _knob(
-    default: Any, rule: _Rule = _ANY, /, *, choices: tuple[str, ...] = (), **active_when: tuple[Any, ...]
+    default: Any,
+    rule: _Rule = _ANY,
+    /,
+    *,
+    choices: tuple[str, ...] = (),
+    **active_when: tuple[Any, ...] | Condition,
 ) -> Any:
     metadata = {"rule": rule, "choices": choices, "active_when": MappingProxyType(active_when)}
     return field(default=default, metadata=metadata)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scm.trial_config import KNOBS, TrialConfig
+from scm.trial_config import GIVEN, KNOBS, POSITIVE, Condition, TrialConfig
 
 NAN, INF = float("nan"), float("inf")
 
@@ -35,6 +35,9 @@ def test_conditions_name_knobs_and_values_that_exist() -> None:
     """A condition on a value that cannot be chosen would hide the knob for ever."""
     for knob in KNOBS.values():
         for name, values in knob.active_when.items():
+            if isinstance(values, Condition):
+                assert KNOBS[name].optional if values is GIVEN else KNOBS[name].type in ("float", "int")
+                continue
             assert values
             assert all(not KNOBS[name].choices or value in KNOBS[name].choices for value in values)
 
@@ -47,6 +50,12 @@ def test_active_names_the_knobs_that_matter() -> None:
     sgd = TrialConfig(optimizer="sgd", momentum=0.9, head="multihead").active()
     assert {"momentum", "nesterov", "q_anchor", "numerator_degree"} <= set(sgd)
     assert "beta2" not in sgd
+
+
+def test_a_condition_may_be_a_rule_on_a_number() -> None:
+    """A weight of 0 and a value that is not given make what hangs on them inactive."""
+    assert [value in POSITIVE for value in (1e-9, 3, 0, 0.0, None)] == [True, True, False, False, False]
+    assert [value in GIVEN for value in (0.0, "clamp", None)] == [True, True, False]
 
 
 def test_keys_of_the_task_are_passed_over() -> None:
