@@ -1,0 +1,1 @@
+"""Guards of a training's stability, each usable alone on any PyTorch training."""
