@@ -7,6 +7,7 @@ import importlib
 import pytest
 
 NAMES: dict[str, str] = {
+    "scm.core": "TRTag TagPolicy",
     "scm.training": "SCMTrainer TrainingConfig lift_targets lift_semantic_targets SemanticTargets "
     "perturbed_threshold LinearRamp LossWeightsCurriculum AdaptiveSampler AdaptiveSamplerConfig",
     "scm.training.trainer": "SCMTrainer TrainingConfig",
