@@ -16,9 +16,17 @@ from torch import Tensor
 from scm.autodiff.policies import gate_tuple
 from scm.losses.coverage import check_share, rejection_loss, soft_coverage_kernel
 from scm.losses.margin import above_kernel, below_kernel
-from scm.losses.rowwise import Kernel, WeightedTerm, bool_mask, check_at_least_zero, reduce_weighted
+from scm.losses.rowwise import (
+    Kernel,
+    WeightedTerm,
+    bool_mask,
+    check_at_least_zero,
+    reduce_rows,
+    reduce_weighted,
+)
 from scm.losses.separation import check_thresholds
 from scm.losses.sign import sign_kernel
+from scm.losses.terms import LossTerms
 
 TERMS = ("fit", "margin", "sign", "rejection", "push_down", "push_up")
 GATED_TERMS = frozenset({"margin", "sign", "push_down", "push_up"})
@@ -108,26 +116,73 @@ class SCMTrainingLoss:
         denominator that is not finite counts as 0 in the soft coverage.
         """
         lambdas = self._lambdas(weights)
+        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained)
+        tau, target = self._thresholds(tau_train, target_coverage)
+        terms = self._terms(lambdas, rows, (P, Q, Y_n, Y_d), tau, target)
+
+        parts = {"fit": fit_loss.detach()}
+        total = _weighted(fit_loss, lambdas["fit"])
+        if terms:
+            constraints, *losses = reduce_weighted(_operands(terms, P, Q, tau), list(terms.values()))
+            total = total + constraints
+            parts.update(zip(terms, losses, strict=True))
+        measured = self._measured_coverage(lambdas, is_bottom, target)
+        if measured is not None:
+            # A measurement without a gradient: it is no part of the node above.
+            parts["rejection"] = measured
+            total = total + measured * lambdas["rejection"]
+        return total, _breakdown(parts, total)
+
+    def terms(
+        self,
+        fit_loss: Tensor,
+        P: Tensor,
+        Q: Tensor,
+        Y_n: Tensor,
+        Y_d: Tensor,
+        *,
+        is_bottom: Tensor | None = None,
+        mask_finite: Tensor | None = None,
+        mask_singular: Tensor | None = None,
+        tau_train: Weight | None = None,
+        mask_censored: Tensor | None = None,
+        mask_trained: Tensor | None = None,
+        target_coverage: Weight | None = None,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> LossTerms:
+        """Return the same sum in its parts: the fit as the task, and by name the terms with a weight.
+
+        Every term has a graph of its own, so that they can be scaled or differentiated apart; one call of
+        the object itself costs less.
+        """
+        lambdas = self._lambdas(weights)
+        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained)
+        tau, target = self._thresholds(tau_train, target_coverage)
+        terms = self._terms(lambdas, rows, (P, Q, Y_n, Y_d), tau, target)
+        inputs = _operands(terms, P, Q, tau)
+        auxiliaries = {
+            name: _weighted(
+                reduce_rows(term.kernel, *(inputs[i] for i in term.operands), *term.arguments), term.weight
+            )
+            for name, term in terms.items()
+        }
+        measured = self._measured_coverage(lambdas, is_bottom, target)
+        if measured is not None:
+            auxiliaries["rejection"] = measured * lambdas["rejection"]
+        return LossTerms(_weighted(fit_loss, lambdas["fit"]), auxiliaries)
+
+    def _thresholds(self, tau_train: Weight | None, target_coverage: Weight | None) -> tuple[Weight, Weight]:
         tau = self.config.tau_train if tau_train is None else tau_train
         target = self.config.target_coverage if target_coverage is None else target_coverage
         check_at_least_zero("tau_train", tau)
         check_share("target_coverage", target)
-        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained)
-        terms = self._terms(lambdas, rows, (P, Q, Y_n, Y_d), tau, target)
+        return tau, target
 
-        parts = {"fit": fit_loss.detach()}
-        total = fit_loss if _is(1, lambdas["fit"]) else fit_loss * lambdas["fit"]
-        if terms:
-            gated = any(term in GATED_TERMS for term in terms)
-            gated_p, gated_q = gate_tuple(P, Q, tau=tau) if gated else (P, Q)
-            constraints, *losses = reduce_weighted((gated_p, gated_q, Q), list(terms.values()))
-            total = total + constraints
-            parts.update(zip(terms, losses, strict=True))
-        if self.config.coverage_term == "hard" and is_bottom is not None and not _is(0, lambdas["rejection"]):
-            # A measurement without a gradient: it is no part of the node above.
-            parts["rejection"] = rejection_loss(is_bottom, target)
-            total = total + parts["rejection"] * lambdas["rejection"]
-        return total, _breakdown(parts, total)
+    def _measured_coverage(
+        self, lambdas: Mapping[str, Weight], is_bottom: Tensor | None, target: Weight
+    ) -> Tensor | None:
+        hard = self.config.coverage_term == "hard" and not _is(0, lambdas["rejection"])
+        return rejection_loss(is_bottom, target) if hard and is_bottom is not None else None
 
     def _lambdas(self, weights: Mapping[str, Weight] | None) -> dict[str, Weight]:
         config = self.config
@@ -210,6 +265,16 @@ class _Rows(NamedTuple):
     singular: Tensor | None
     censored: Tensor | None
     trained: Tensor | None
+
+
+def _operands(terms: Mapping[str, WeightedTerm], P: Tensor, Q: Tensor, tau: Weight) -> tuple[Tensor, ...]:
+    """Return what the terms' kernels take: (gated P, gated Q, free Q)."""
+    gated = any(term in GATED_TERMS for term in terms)
+    return (*(gate_tuple(P, Q, tau=tau) if gated else (P, Q)), Q)
+
+
+def _weighted(term: Tensor, weight: Weight) -> Tensor:
+    return term if _is(1, weight) else term * weight
 
 
 def _breakdown(parts: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Which rows each term may see is decided here, from the statuses; what the terms 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from scm.autodiff.policies import gate_tuple
 from scm.losses.implicit import implicit_loss
 from scm.losses.projective import projective_fit_loss
+from scm.losses.terms import LossTerms
 from scm.losses.training import SCMTrainingLoss
 from scm.training.targets import SemanticTargets
 
@@ -57,24 +58,45 @@ class ProjectiveObjective:
 
         Without `semantic_targets` every row is trained, and those with Y_d = 0 are bottoms with a direction.
         """
+        held = self._arguments(outputs, lifted, tau, semantic_targets, loss_weights)
+        total, _ = self.constraints(*held.tensors, **held.named)
+        return total
+
+    def terms(
+        self,
+        outputs: tuple[Tensor, Tensor],
+        lifted: tuple[Tensor, Tensor],
+        *,
+        tau: float | Tensor,
+        semantic_targets: SemanticTargets | None = None,
+        loss_weights: Mapping[str, Any] | None = None,
+    ) -> LossTerms:
+        """Return the same sum in its parts: the fit is the task, the constraints by name are beside it."""
+        held = self._arguments(outputs, lifted, tau, semantic_targets, loss_weights)
+        return self.constraints.terms(*held.tensors, **held.named)
+
+    def _arguments(
+        self,
+        outputs: tuple[Tensor, Tensor],
+        lifted: tuple[Tensor, Tensor],
+        tau: float | Tensor,
+        semantic_targets: SemanticTargets | None,
+        loss_weights: Mapping[str, Any] | None,
+    ) -> _Arguments:
         P, Q = outputs[0], outputs[1]
         Y_n, Y_d = lifted
         masks = _Masks(semantic_targets, Y_d)
-        total, _ = self.constraints(
-            self._fit(P, Q, Y_n, Y_d, masks.trained, tau),
-            P,
-            Q,
-            Y_n,
-            Y_d,
-            is_bottom=self._bottoms(P, Q, tau),
-            mask_finite=masks.finite,
-            mask_singular=masks.oriented,
-            tau_train=tau,
-            mask_censored=masks.bottom,
-            mask_trained=masks.trained,
-            weights=loss_weights,
-        )
-        return total
+        fit = self._fit(P, Q, Y_n, Y_d, masks.trained, tau)
+        named = {
+            "is_bottom": self._bottoms(P, Q, tau),
+            "mask_finite": masks.finite,
+            "mask_singular": masks.oriented,
+            "tau_train": tau,
+            "mask_censored": masks.bottom,
+            "mask_trained": masks.trained,
+            "weights": loss_weights,
+        }
+        return _Arguments((fit, P, Q, Y_n, Y_d), named)
 
     def _fit(
         self, P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, trained: Tensor | None, tau: float | Tensor
@@ -92,6 +114,13 @@ class ProjectiveObjective:
             return None
         P, Q = P.detach(), Q.detach()
         return ~(Q.abs() >= tau) | ~torch.isfinite(P) | torch.isinf(Q)
+
+
+class _Arguments(NamedTuple):
+    """What the constraints are called with."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    named: dict[str, Any]
 
 
 class _Masks:
@@ -118,3 +147,9 @@ def as_trainer_loss(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(loss_fn, SCMTrainingLoss):
         return ProjectiveObjective(loss_fn, fit="implicit", gamma=loss_fn.config.gamma)
     return loss_fn
+
+
+def in_terms(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the form of `loss_fn` that gives `LossTerms`: its method `terms`, or else `loss_fn` itself."""
+    terms: Callable[..., Any] = getattr(loss_fn, "terms", loss_fn)
+    return terms

@@ -51,6 +51,7 @@ def trainer_state(trainer: SCMTrainer) -> dict[str, Any]:
         "progress": {name: getattr(trainer, name) for name in _PLAIN},
         "gradients": _gradients(trainer) if trainer._group_count else {},
         "epoch_table": trainer._records.table().cpu(),
+        "epoch_facts": trainer._epoch_facts if trainer._companions.begin_epoch else None,
         "thresholds": list(trainer.last_thresholds),
         "histories": {name: list(getattr(trainer, name)) for name in _HISTORIES},
         "nan_counts": dict(trainer.nan_counts),
@@ -83,6 +84,7 @@ def put_trainer_state(trainer: SCMTrainer, content: Mapping[str, Any]) -> None:
         setattr(trainer, name, list(content["histories"][name]))
     _put_gradients(trainer, content["gradients"])
     trainer._records.load_table(content["epoch_table"].to(trainer.device))
+    trainer._epoch_facts = content.get("epoch_facts")
     trainer.last_thresholds.clear()
     trainer.last_thresholds.extend(content["thresholds"])
     trainer.nan_counts = dict(content["nan_counts"])

@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,14 +26,17 @@ from scm.autodiff.policies import (
     policies_disabled,
     scaled_gradients,
 )
+from scm.losses.terms import LossTerms
 from scm.seeding import generator
+from scm.training.apart import backward_apart
 from scm.training.bench import StepClock
 from scm.training.checkpoint import read_checkpoint, write_checkpoint
+from scm.training.companion import Companion, Companions, Moment
 from scm.training.config import TrainingConfig
 from scm.training.feed import Fed, Feeder, LossCall, bottom_is_unreachable
 from scm.training.gap import perturbed_threshold
 from scm.training.guard import StepGuard, count_non_finite
-from scm.training.objective import as_trainer_loss
+from scm.training.objective import as_trainer_loss, in_terms
 from scm.training.random_state import OwnRandomState, unmoved_random_state
 from scm.training.records import EpochRecords, EpochReport, counts_of, epoch_metrics, row_metrics
 from scm.training.resume import load_model_weights, put_trainer_state, replayed, trainer_state
@@ -49,11 +52,14 @@ _END = object()
 
 
 class SCMTrainer:
-    """Train a model that answers (P, Q), and say how it went.
+    """Train a model that answers (P, Q), or (P, Q, named tensors), and say how it went.
 
-    loss_fn(outputs, (Y_n, Y_d), **facts) returns a scalar; of the facts tau, inputs, targets, epoch,
-    global_step, loss_weights and semantic_targets it is told those that its signature names. An
-    `SCMTrainingLoss` may be given as it is. Batches: see `scm.training.feed.Feeder`.
+    loss_fn(outputs, (Y_n, Y_d), **facts) returns a scalar, or `LossTerms`; of the facts tau, inputs, targets,
+    epoch, global_step, loss_weights, semantic_targets, row_weights and hybrid_delta it is told those that its
+    signature names. An `SCMTrainingLoss` may be given as it is. Batches: see `scm.training.feed.Feeder`.
+
+    companions: controllers and guards that go along, see `scm.training.companion`; what they say of
+    themselves is `telemetry()`.
 
     A step whose loss or gradient is not finite is not taken: weights and optimizer state stay as they were,
     the kind is counted in `nan_counts`, and more than `config.nonfinite_budget` such steps end the training
@@ -71,11 +77,12 @@ class SCMTrainer:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss_fn: Callable[..., Tensor],
+        loss_fn: Callable[..., Tensor | LossTerms],
         train_loader: Iterable[Any],
         *,
         scheduler: Any | None = None,
         config: TrainingConfig | None = None,
+        companions: Sequence[Companion] = (),
     ) -> None:
         self.config = TrainingConfig() if config is None else config
         self.device = torch.empty(0, device=self.config.device or "cpu").device
@@ -90,9 +97,16 @@ class SCMTrainer:
         self.controllers: dict[str, Any] = {}  # by name; anything with state_dict and load_state_dict
         if hasattr(loss_fn, "state_dict") and hasattr(loss_fn, "load_state_dict"):
             self.controllers["loss_fn"] = loss_fn
+        self._companions = Companions(companions)
+        for name, held in self._companions.stateful().items():
+            if name in self.controllers:
+                raise ValueError(f"a companion must have a name of its own, got name={name!r}, the loss's")
+            self.controllers[name] = held
         self.metric_reducers: dict[str, Reducer] = {}
 
-        self._loss = LossCall(as_trainer_loss(loss_fn))
+        loss = as_trainer_loss(loss_fn)
+        self._loss = LossCall(loss)
+        self._loss_terms = LossCall(in_terms(loss)) if self._companions.needs_terms else self._loss
         unreachable = bottom_is_unreachable(model, self.config.tau_infer)
         unreachable = unreachable and not self.config.allow_bottom_unreachable
         self._feeder = Feeder(self._loss, self.device, unreachable=unreachable)
@@ -147,6 +161,7 @@ class SCMTrainer:
         self._group_rows = 0  # of the group's first micro-batch
         self._group_weight = 0.0
         self._parameters: list[Tensor] = []
+        self._epoch_facts: dict[str, Any] | None = None  # of the epoch under way, with what companions put in
 
     def _amp_dtype(self) -> torch.dtype | None:
         """Half precision in use: without CUDA, float16 has no scaler to keep it alive and is bfloat16."""
@@ -196,7 +211,7 @@ class SCMTrainer:
         self.model.train()
         self._clock.begin_epoch()
         with self._random.in_place():
-            self._train_epoch(epoch, self._facts(epoch))
+            self._train_epoch(epoch, self._begin_facts(epoch))
         self._epoch_table = self._records.table().tolist()
         if not self._epoch_table:
             again = "again: it can be read once only" if epoch else ""
@@ -211,6 +226,7 @@ class SCMTrainer:
         self.train_history.append({**train, "epoch": float(epoch)})
         self.bench_history.append(bench)
         self._position, self._records, self._loader_start = 0, EpochRecords(), None
+        self._epoch_facts = None
         self.current_epoch = epoch + 1
         if self.status == "running" and self.current_epoch >= self.config.max_epochs:
             self.status, self.stop_reason = "completed", ""
@@ -218,7 +234,18 @@ class SCMTrainer:
             self._restore_best()
         if val is not None and self.config.log_hook is not None:
             self._log(val, phase="eval", epoch=epoch)
-        return EpochReport(epoch, train, val, bench, dict(self.nan_counts), self.status)
+        report = EpochReport(epoch, train, val, bench, dict(self.nan_counts), self.status)
+        for learn in self._companions.after_epoch:
+            learn(report)
+        return report
+
+    def _begin_facts(self, epoch: int) -> dict[str, Any]:
+        """Return the facts of an epoch that begins, or of one that is gone on with."""
+        if self._epoch_facts is None:
+            self._epoch_facts = self._facts(epoch)
+            for begin in self._companions.begin_epoch:
+                begin(epoch, self._epoch_facts)
+        return dict(self._epoch_facts)
 
     def _facts(self, epoch: int) -> dict[str, Any]:
         weights = self.config.loss_weights
@@ -305,26 +332,70 @@ class SCMTrainer:
         return scale
 
     def _forward_backward(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
+        if self._companions.in_steps:
+            return self._accompanied(fed, dict(facts))
         outputs = self._forward(fed.inputs)
-        loss = self._loss(outputs, fed, facts)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}")
-        if loss.ndim:
-            raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
+        loss = _scalar(self._loss(outputs, fed, facts))
+        weight = self._join_group(fed)
+        if self._guard.watch_loss(loss) and loss.requires_grad:
+            self._backward(loss, weight)
+        return loss, outputs
+
+    def _accompanied(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
+        """`_forward_backward` with the companions' moments in between."""
+        companions = self._companions
+        moment = Moment(self.model, fed, facts)
+        for meet in companions.before_forward:
+            meet(moment)
+        outputs = moment.outputs = self._forward(fed.inputs)
+        for meet in companions.after_forward:
+            meet(moment)
+        moment.terms = self._terms(self._loss_terms(moment.outputs, fed, moment.facts))
+        for meet in companions.after_loss:
+            meet(moment)
+        loss = _scalar(moment.terms.total())
+        weight = self._join_group(fed)
+        if self._guard.watch_loss(loss) and loss.requires_grad:
+            auxiliary = moment.terms.auxiliaries
+            if companions.auxiliary_factor is not None and auxiliary:
+                seed = torch.full_like(loss, weight)
+                if self.scaler is not None:
+                    seed = self.scaler.scale(seed)
+                backward_apart(moment.terms, self._parameters, seed, companions.auxiliary_factor)
+            else:
+                self._backward(loss, weight)
+        for meet in companions.after_backward:
+            meet(moment)
+        return loss, outputs
+
+    def _terms(self, loss: Any) -> LossTerms:
+        if isinstance(loss, LossTerms):
+            return loss
+        if self._companions.needs_terms:
+            asking = next(item for item in self._companions.members if getattr(item, "needs_terms", False))
+            raise ValueError(
+                "loss_fn must return scm.losses.terms.LossTerms(task, auxiliaries), or have a method terms "
+                f"that does, because {type(asking).__name__} needs the terms apart, got {type(loss).__name__}"
+            )
+        return LossTerms(_scalar(loss))
+
+    def _join_group(self, fed: Fed) -> float:
+        """Count the micro-batch into the group under way; return what it weighs there."""
         by_rows = self.config.accumulation_weighting == "samples"
         self._group_rows = self._group_rows or fed.rows
         # Relative to the first micro-batch, so that groups of equal ones are plain sums, as without weights.
         weight = fed.rows / self._group_rows if by_rows else 1.0
         self._group_weight += weight
         self._group_count += 1
-        if self._guard.watch_loss(loss) and loss.requires_grad:
-            if self.scaler is not None:
-                self.scaler.scale(loss * weight).backward()
-            elif weight == 1.0:
-                loss.backward()
-            else:
-                loss.backward(gradient=torch.full_like(loss, weight))
-        return loss, outputs
+        return weight
+
+    def _backward(self, loss: Tensor, weight: float) -> None:
+        if self.scaler is not None:
+            self.scaler.scale(loss * weight).backward()
+        elif weight == 1.0:
+            loss.backward()
+        else:
+            loss.backward(gradient=torch.full_like(loss, weight))
 
     def _forward(self, inputs: Any) -> Any:
         """Run the model; under mixed precision it alone runs in half, and its outputs are widened."""
@@ -387,7 +458,8 @@ class SCMTrainer:
         """
         if self.config.val_loader is None:
             return None
-        facts = {**self._facts(self.current_epoch), "tau": self._tau_mid}
+        facts = {**(self._epoch_facts or self._facts(self.current_epoch)), "tau": self._tau_mid}
+        facts["global_step"] = self.global_step
         with unmoved_random_state(self.device):
             found = validate_model(
                 self.model,
@@ -449,6 +521,10 @@ class SCMTrainer:
         """The median time of one optimizer step after warm-up, in ms (see `StepClock`); nan before any."""
         return self._clock.step_time_ms
 
+    def telemetry(self) -> dict[str, float]:
+        """What companions say of themselves, by their own names; may wait for the device."""
+        return self._companions.telemetry()
+
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write everything that going on needs, atomically; from `log_hook` also, in mid-epoch."""
         write_checkpoint(path, trainer_state(self))
@@ -467,11 +543,24 @@ class SCMTrainer:
         load_model_weights(self.model, read_checkpoint(path, map_location="cpu"))
 
 
+def _scalar(loss: Any) -> Tensor:
+    """Return what is trained of what a loss function returned; raises unless that is a scalar."""
+    if not isinstance(loss, Tensor):
+        if not isinstance(loss, LossTerms):
+            raise TypeError(f"loss_fn must return a scalar tensor or LossTerms, got {type(loss).__name__}")
+        loss = loss.total()
+    if loss.ndim:
+        raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
+    return loss
+
+
 def _widened(outputs: Any) -> Any:
     if isinstance(outputs, Tensor):
         return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
     if isinstance(outputs, (tuple, list)):
         return tuple(_widened(item) for item in outputs)
+    if isinstance(outputs, dict):
+        return {name: _widened(item) for name, item in outputs.items()}
     return outputs
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scm.inference.strict import InferenceConfig, strict_inference
+from scm.losses.terms import LossTerms
 from scm.training.feed import Fed, Feeder, LossCall
 from scm.training.records import split_outputs
 
@@ -68,6 +69,8 @@ def _batch_row(
     """Return loss, samples, bottoms, min |Q|, sum |Q|, number of finite |Q|, samples with bad outputs."""
     outputs = forward(fed.inputs)
     value = loss(outputs, fed, known)
+    if isinstance(value, LossTerms):
+        value = value.total()
     numerator, denominator = split_outputs(outputs)
     if numerator is None:
         return torch.tensor([float(value), fed.rows, 0.0, math.inf, 0.0, 0.0, 0.0], dtype=torch.float64)

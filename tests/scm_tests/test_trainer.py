@@ -335,7 +335,7 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
 )
 def test_a_loss_that_is_no_tensor_is_refused(returned: Any, got: str) -> None:
     """A breakdown handed on, and a number without its graph, are named for what they are."""
-    with pytest.raises(TypeError, match=f"loss_fn must return a scalar tensor, got {got}"):
+    with pytest.raises(TypeError, match=f"loss_fn must return a scalar tensor or LossTerms, got {got}"):
         make_trainer([make_rows()], lambda outputs, lifted: returned).fit()
 
 
