@@ -7,7 +7,7 @@ defaults are decided in `scm.trial_config`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from scm.data import Split
 from scm.inference.strict import InferenceConfig, strict_inference
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.seeding import generator, seeded_init
+from scm.training.companion import Companion
 from scm.training.config import TrainingConfig
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.loader import TensorBatches
@@ -135,6 +136,28 @@ def make_curriculum(config: TrialConfig) -> LossWeightsCurriculum | None:
     return LossWeightsCurriculum(ramps)
 
 
+class Around(NamedTuple):
+    """What a companion may need to know of the trial besides its config."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train_loader: Any
+    val_loader: Any  # None without a val split
+    seed: int
+    device: torch.device
+
+
+def make_companions(config: TrialConfig, around: Around) -> list[Companion]:
+    """Make the controllers and guards that the config turns on, in the order in which they are called."""
+    made = (make(config, around) for make in _COMPANIONS.values())
+    return [companion for companion in made if companion is not None]
+
+
+# One function a family, None where the config does not ask for it. The order is that of the calls: what bounds
+# outputs comes before what looks at them, what weighs all terms against each other after those who add some.
+_COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {}
+
+
 def make_trainer(
     config: TrialConfig,
     seed: int,
@@ -145,11 +168,13 @@ def make_trainer(
     loss_fn: LossFn | None = None,
     device: str | torch.device = "cpu",
     log_hook: Callable[[Mapping[str, Any]], object] | None = None,
+    companions: Sequence[Companion] = (),
 ) -> SCMTrainer:
     """Make the trainer of one trial; equal arguments give bit-equal weights on the same device and software.
 
     The model is built under the trial's own seed and put into `config.dtype`, as are the data. Without
-    `loss_fn` the objective is that of `make_training_loss`. Raises what `SCMTrainer` raises, and
+    `loss_fn` the objective is that of `make_training_loss`. `companions` are called before those that the
+    config asks for. Raises what `SCMTrainer` raises, and
     RuntimeError from torch when the device is absent.
     """
     dtype = DTYPES[config.dtype]
@@ -162,6 +187,7 @@ def make_trainer(
     val_batches = None
     if val is not None:
         val_batches = _batches(val, dtype, max(config.batch_size, _VALIDATION_ROWS), device, None)
+    around = Around(model, optimizer, batches, val_batches, seed, torch.device(device))
     training = TrainingConfig(
         learning_rate=config.learning_rate,
         max_epochs=config.max_epochs,
@@ -191,6 +217,7 @@ def make_trainer(
         batches,
         scheduler=make_scheduler(config, optimizer),
         config=training,
+        companions=[*companions, *make_companions(config, around)],
     )
 
 
