@@ -153,8 +153,9 @@ def make_companions(config: TrialConfig, around: Around) -> list[Companion]:
     return [companion for companion in made if companion is not None]
 
 
-# One function a family, None where the config does not ask for it. The order is that of the calls: what bounds
-# outputs comes before what looks at them, what weighs all terms against each other after those who add some.
+# One function a family, None where the config does not ask for it. The order is that of the calls: what
+# bounds outputs comes before what looks at them, what weighs all terms against each other after those who
+# add some.
 _COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {}
 
 
