@@ -81,15 +81,22 @@ class TensorBatches:
         start = self._position if self._resume else 0
         self._resume = False
         self._position = start
-        order = self._next_order()
+        for batch in self.in_order(self._next_order(), start):
+            self._position += 1
+            yield batch
+        self._position = 0
+        self._order_state = self.generator.get_state() if self.generator is not None else None
+
+    def in_order(self, order: Tensor | None, start: int = 0) -> Iterator[tuple[Tensor, SemanticTargets]]:
+        """Yield an epoch's batches, from batch `start` on, of the rows `order` (None: as they stand).
+
+        order: positions (rows,) on the data's device, int64. Neither place nor generator is moved.
+        """
         count = len(self)
         for first in range(start, count, self._batches_per_block):
             last = min(first + self._batches_per_block, count)
             for batch in self._block(order, first, last):
-                self._position += 1
                 yield batch[0], _targets_of(batch[1:])
-        self._position = 0
-        self._order_state = self.generator.get_state() if self.generator is not None else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the epoch under way, and the generator as it was when that epoch began."""
