@@ -15,7 +15,7 @@ from harness.run_folder import unwritable
 from reports.history import HISTORY_FOLDER, HistoryWriter
 from reports.provenance import row_provenance
 from reports.rows import ROWS_FOLDER, RowWriter
-from reports.schema import BASE_COLUMNS, CONFIG_PREFIX, METRIC_PREFIXES, history_schema, row_schema
+from reports.schema import BASE_COLUMNS, CONFIG_PREFIX, OPEN_PREFIXES, history_schema, row_schema
 from trainables.configs import KNOB_TYPES
 
 WRITER = "driver"
@@ -60,7 +60,7 @@ class RunSink:
         outcome = {
             name: value
             for name, value in ended.outcome.items()
-            if name in _OUTCOME_COLUMNS or name.startswith(METRIC_PREFIXES)
+            if name in _OUTCOME_COLUMNS or name.startswith(OPEN_PREFIXES)
         }
         knobs = {
             f"{CONFIG_PREFIX}{name}": value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reports.schema import METRIC_PREFIXES, nearest_name
+from reports.schema import METRIC_PREFIXES, OPEN_PREFIXES, nearest_name
 
 SHORTFALL = "coverage_shortfall"
 
@@ -52,7 +52,7 @@ METRICS: dict[str, Metric] = {
 
 
 def parse_metric(text: str) -> Metric:
-    """The metric of that name; a task's own is given with its direction, as in "metric.hits:higher".
+    """The metric of that name; a task's own, and telemetry, with a direction, as in "metric.hits:higher".
 
     Raises ValueError for a name without a known direction (naming the nearest known one), and for a test
     metric.
@@ -70,12 +70,12 @@ def parse_metric(text: str) -> Metric:
             raise ValueError(f"the direction of metric {name} must be lower or higher, got {direction!r}")
         if name in METRICS and METRICS[name].direction != direction:
             raise ValueError(f"metric {name} is better {METRICS[name].direction}, got {text!r}")
-        if name not in METRICS and not name.startswith(METRIC_PREFIXES):
+        if name not in METRICS and not name.startswith(OPEN_PREFIXES):
             raise ValueError(_unknown(name))
         return Metric(name, direction)
     if name in METRICS:
         return METRICS[name]
-    if name.startswith(METRIC_PREFIXES):
+    if name.startswith(OPEN_PREFIXES):
         raise ValueError(f"metric {name} needs its direction: {name}:lower or {name}:higher")
     raise ValueError(_unknown(name))
 

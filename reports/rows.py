@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reports.fragments import FragmentWriter, RunReadError, read_fragments
-from reports.schema import MEASURED_FLOATS, METRIC_PREFIXES, TRIAL_STATUSES, nearest_name
+from reports.schema import MEASURED_FLOATS, METRIC_PREFIXES, OPEN_PREFIXES, TRIAL_STATUSES, nearest_name
 
 ROWS_FOLDER = "rows"
 
@@ -18,9 +18,10 @@ ROWS_FOLDER = "rows"
 class RowWriter(FragmentWriter):
     """Writes a run's rows into `folder` (RUN/rows); a trial_id is written once in the life of the folder.
 
-    Columns are those of the schema (`reports.schema.row_schema`); `metric.<name>` and `test_metric.<name>`
-    may come with any row, as only the task knows them. A measured float that a row lacks is stored as NaN,
-    anything else that it lacks as null; run_id, task, config_id, trial_id, seed and status must be there.
+    Columns are those of the schema (`reports.schema.row_schema`); `metric.<name>`, `test_metric.<name>`
+    and `telemetry.<name>` may come with any row, as only the task and what its config turns on know them. A
+    measured float that a row lacks is stored as NaN, anything else that it lacks (telemetry of what was
+    turned off) as null; run_id, task, config_id, trial_id, seed and status must be there.
     One writer_id belongs to one writer at a time; a later writer of that name goes on after its fragments.
     """
 
@@ -63,4 +64,4 @@ def _is_measured(column: str) -> bool:
 
 
 def _metric_type(column: str) -> pa.DataType | None:
-    return pa.float64() if column.startswith(METRIC_PREFIXES) else None
+    return pa.float64() if column.startswith(OPEN_PREFIXES) else None

@@ -24,6 +24,9 @@ PACKAGE_KEY = b"scm_harness.version"
 TRIAL_STATUSES = ("completed", "stopped", "diverged", "failed")
 CONFIG_PREFIX = "config."
 METRIC_PREFIXES = ("metric.", "test_metric.")
+TELEMETRY_PREFIX = "telemetry."
+OPEN_PREFIXES = (*METRIC_PREFIXES, TELEMETRY_PREFIX)
+"""Columns of a row that only the task, or what goes along with a training, knows by name; all are float64."""
 
 TYPES: dict[str, pa.DataType] = {
     "float64": pa.float64(),
@@ -58,6 +61,7 @@ IDENTITY_COLUMNS: tuple[Column, ...] = (
 OUTCOME_COLUMNS: tuple[Column, ...] = (
     Column("status", "string", "completed, stopped, diverged or failed", required=True),
     Column("stop_reason", "string", "why a stopped or diverged trial ended"),
+    Column("nan_origin", "string", "where the first non-finite loss or gradient came from, else empty"),
     Column("error", "string", "the message of a failed trial, else empty"),
     Column("epochs", "int64", "epochs trained", "epochs"),
     Column("parameters", "int64", "weights of the model", "weights"),
@@ -123,7 +127,7 @@ def row_schema(
     """The schema of a run's rows: every base column, `config.<knob>` for every knob, and extra metrics.
 
     `config_types` maps a knob to "float64", "int64", "string" or "bool". `extra_metrics` names columns that
-    start with "metric." or "test_metric."; they are float64, and a row may bring more of them later.
+    start with one of `OPEN_PREFIXES`; they are float64, and a row may bring more of them later.
 
     Raises ValueError for an unknown type and for an extra metric without its prefix.
 
@@ -134,8 +138,10 @@ def row_schema(
     for knob, type_name in config_types.items():
         fields.append(pa.field(f"{CONFIG_PREFIX}{knob}", parse_type(type_name, f"config.{knob}")))
     for name in extra_metrics:
-        if not name.startswith(METRIC_PREFIXES):
-            raise ValueError(f"an extra metric must start with metric. or test_metric., got {name=}")
+        if not name.startswith(OPEN_PREFIXES):
+            raise ValueError(
+                f"an extra metric must start with one of {', '.join(OPEN_PREFIXES)}, got {name=}"
+            )
         fields.append(pa.field(name, pa.float64()))
     return _stamped(fields, "rows")
 

@@ -42,6 +42,7 @@ HISTORY_KEYS: tuple[str, ...] = (
     "lr",
     "step_time_ms",
 )
+TELEMETRY_PREFIX = "telemetry."
 _NAN_KINDS: tuple[str, ...] = ("loss", "gradient", "output", "parameter")
 _NAN = float("nan")
 # What of a trial is saved besides its trainer: the name in the file, and the attribute.
@@ -154,11 +155,12 @@ class TrialRun:
             self._build(splits)
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch and say how it went: `HISTORY_KEYS` and the task's own `metric.<name>`, as numbers.
+        """Train one epoch and say how it went, as numbers.
 
-        `epoch` counts from 1. Empty when the trial ended without finishing the epoch. `step_time_ms` is the
-        median step so far, `nan_count` all non-finite values met so far. Raises RuntimeError when the trial
-        is done.
+        Keys are `HISTORY_KEYS`, the task's own `metric.<name>`, and `telemetry.<name>` of what the config
+        turns on. `epoch` counts from 1. Empty when the trial ended without finishing the epoch.
+        `step_time_ms` is the median step so far, `nan_count` all non-finite values met so far. Raises
+        RuntimeError when the trial is done.
         """
         if self.done:
             raise RuntimeError("step() must not be called on a trial that is done")
@@ -176,8 +178,8 @@ class TrialRun:
     def outcome(self) -> dict[str, Any]:
         """Say how the trial ended, or would end if it were stopped now: status, counts, times, metrics.
 
-        Keys, units and meanings are those of a run's rows; metrics are those of the val split, and with the
-        prefix `test_` those of the test split. NaN where nothing was measured.
+        Keys, units and meanings are those of a run's rows, `telemetry.<name>` included; metrics are those of
+        the val split, and with the prefix `test_` those of the test split. NaN where nothing was measured.
         """
         if self._outcome is not None:
             return dict(self._outcome)
@@ -243,6 +245,7 @@ class TrialRun:
             "nan_count": sum(report.nan_counts.values()),
             "lr": report.train["lr"],
             "step_time_ms": self._trainer.step_time_ms,
+            **self._telemetry(),
         }
         self._epoch = epoch
         self.done = report.status != "running"
@@ -262,6 +265,10 @@ class TrialRun:
             columns.setdefault(key, _NAN)
         return columns, 1.0 - float(decoded.bottom.to(torch.float64).mean())
 
+    def _telemetry(self) -> dict[str, float]:
+        assert self._trainer is not None
+        return {f"{TELEMETRY_PREFIX}{name}": value for name, value in self._trainer.telemetry().items()}
+
     def _measure_outcome(self) -> dict[str, Any]:
         assert self._trainer is not None
         outcome = self._counts()
@@ -272,7 +279,8 @@ class TrialRun:
         status, reason = self._trainer.status, self._trainer.stop_reason
         if status == "running":
             status, reason = "stopped", self._stop_reason
-        return outcome | {"status": status, "stop_reason": reason, "duration_s": self._spent_s}
+        told = {"status": status, "stop_reason": reason, "duration_s": self._spent_s}
+        return outcome | self._telemetry() | told
 
     def _counts(self) -> dict[str, Any]:
         """Give an outcome with what is known without decoding: counts, losses, times, sizes."""
@@ -288,6 +296,7 @@ class TrialRun:
             "val_loss": self._said.get("val_loss", _NAN),
             "epochs": self._epoch,
             "parameters": sum(parameter.numel() for parameter in self._trainer.model.parameters()),
+            "nan_origin": self._trainer.nan_origin,
         }
 
     @contextmanager
@@ -314,6 +323,7 @@ def _empty_outcome(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "status": "failed",
         "stop_reason": "",
+        "nan_origin": "",
         "error": "",
         "epochs": 0,
         "parameters": 0,

@@ -24,6 +24,7 @@ _PLAIN = (
     "optimizer_steps",
     "status",
     "stop_reason",
+    "nan_origin",
     "best_epoch",
     "best_val_loss",
     "_coverage_bad_epochs",

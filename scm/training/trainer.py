@@ -144,6 +144,7 @@ class SCMTrainer:
         self.status = "running"
         self.stop_reason = ""
         self.nan_counts = dict.fromkeys(NAN_KINDS, 0)
+        self.nan_origin = ""  # where the first non-finite loss or gradient came from
         self.last_thresholds: deque[float] = deque(maxlen=KEPT_THRESHOLDS)
         self.train_history: list[dict[str, float]] = []
         self.val_history: list[dict[str, float]] = []

@@ -19,6 +19,7 @@ def test_every_known_metric_is_a_column_or_derived_from_one(name):
 def test_a_tasks_own_metric_is_given_with_its_direction():
     """What only the task knows is read with the direction that the user states."""
     assert parse_metric("metric.hits:higher") == Metric("metric.hits", "higher")
+    assert parse_metric("telemetry.budget_share:lower") == Metric("telemetry.budget_share", "lower")
     assert parse_metric("loss:lower") == Metric("loss", "lower")
 
 
@@ -28,6 +29,7 @@ def test_a_tasks_own_metric_is_given_with_its_direction():
         ("acepted_error", "unknown metric acepted_error; did you mean accepted_error?"),
         ("seed", "unknown metric seed; known: coverage_shortfall, .*metric.seed:lower"),
         ("metric.hits", "metric metric.hits needs its direction: metric.hits:lower or metric.hits:higher"),
+        ("telemetry.x", "metric telemetry.x needs its direction: telemetry.x:lower or telemetry.x:higher"),
         ("metric.hits:up", "direction of metric metric.hits must be lower or higher, got 'up'"),
         ("coverage:lower", "metric coverage is better higher"),
         ("hits:lower", "unknown metric hits"),

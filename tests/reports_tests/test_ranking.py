@@ -251,6 +251,16 @@ def test_a_higher_metric_can_be_an_objective():
     assert rank(table, options).column("config_id").to_pylist() == ["a", "b"]
 
 
+def test_configs_can_be_ranked_by_telemetry():
+    """A trial in which nothing says it has no value to compare; its config is ruled out, not left out."""
+    table = table_of([row("a"), row("b"), row("c")])
+    table = table.append_column("telemetry.share", pa.array([0.4, 0.2, None]))
+    board = rank(table, RankingOptions(by=("telemetry.share:lower",)))
+    assert board.column("config_id").to_pylist() == ["b", "a", "c"]
+    assert board.column("feasible").to_pylist() == [True, True, False]
+    assert "telemetry.share" in board.column("why").to_pylist()[2]
+
+
 def test_a_metric_that_the_rows_lack_is_named():
     """A known metric without a column is an error with the nearest that there is."""
     with pytest.raises(ValueError, match="rows hold no metric charged_error; did you mean accepted_error"):

@@ -131,6 +131,17 @@ def test_a_metric_of_the_task_may_come_later(tmp_path, schema, make_row):
     assert [str(value) for value in table.column("metric.f1").to_pylist()] == ["nan", "1.0", "nan"]
 
 
+def test_telemetry_may_come_with_any_row(tmp_path, schema, make_row):
+    """What goes along with some trials only is a number in their rows and null, not NaN, in the others."""
+    with RowWriter(tmp_path / "rows", "one", schema) as writer:
+        writer.append(make_row("a"))
+        writer.append(make_row("b") | {"telemetry.control_weight": 2})
+        writer.append(make_row("c") | {"telemetry.control_weight": float("nan")})
+    column = read_rows(tmp_path).column("telemetry.control_weight")
+    assert column.type == pa.float64()
+    assert [str(value) for value in column.to_pylist()] == ["None", "2.0", "nan"]
+
+
 def test_fragments_of_different_schemas_become_one_table(tmp_path, make_row):
     """A knob that only one fragment has is null in the others; an int column beside a float one is float."""
     knobs = {

@@ -27,6 +27,7 @@ PROMISED = [
     "searcher",
     "status",
     "stop_reason",
+    "nan_origin",
     "error",
     "coverage",
     "target_coverage",
@@ -93,9 +94,10 @@ def test_an_unknown_type_is_refused_with_the_known_ones():
 
 
 def test_an_extra_metric_needs_its_prefix():
-    """A task's metric cannot take the name of a base column."""
-    assert row_schema({}, {"metric.f1": "float64"}).field("metric.f1").type == pa.float64()
-    with pytest.raises(ValueError, match="must start with metric"):
+    """A task's metric, or a telemetry, cannot take the name of a base column."""
+    for name in ("metric.f1", "test_metric.f1", "telemetry.weight"):
+        assert row_schema({}, {name: "float64"}).field(name).type == pa.float64()
+    with pytest.raises(ValueError, match=r"must start with one of metric\., test_metric\., telemetry\., got"):
         row_schema({}, ["loss"])
 
 
