@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class AdaptiveSamplerConfig:
 class AdaptiveSampler:
     """Draws dataset rows by how far their singularity probability is from their bottom label.
 
-    `update` feeds |Q| of the whole dataset in index order, or of some rows with `indices`. The weight of a
-    row is max(s_min, 1 + alpha·|p̃ − 1(bottom)|), p̃ the moving average (from 0) of σ((tau_train − |q|)/beta).
-    State is float32 on `device`; draws come from a generator of the sampler's own, so that no other stream of
-    random numbers moves. Drawing changes the objective from a mean over rows to a weighted one; multiply
-    losses by `importance_weights` of the drawn rows to have the mean back.
+    `update` feeds |Q| of the whole dataset in index order, or of some rows with `indices`; `observe` feeds
+    those of a training's own batches. The weight of a row is max(s_min, 1 + alpha·|p̃ − 1(bottom)|), p̃ the
+    moving average (from 0) of σ((tau_train − |q|)/beta). State is float32 on `device`; draws come from a
+    generator of the sampler's own, so that no other stream of random numbers moves. Drawing changes the
+    objective from a mean over rows to a weighted one; multiply losses by `importance_weights` of the drawn
+    rows to have the mean back.
 
     Iterating over it is an epoch: the rows are drawn when it begins, so that an `update` acts on the next
     one, and the place in it is part of the state, so that a trainer's checkpoint goes on in mid-epoch.
@@ -79,6 +80,7 @@ class AdaptiveSampler:
             raise ValueError("dataset must have at least one row, got 0")
         self._probabilities = torch.zeros(rows, dtype=torch.float32, device=device)
         self._bottom = torch.zeros(rows, dtype=torch.float32, device=device)
+        self._seen = torch.zeros(rows, dtype=torch.bool, device=device)
         self._order = torch.zeros(0, dtype=torch.int64)  # the rows of the epoch under way
         self._worker_seed = 0
         self._position = 0  # batches handed out of it
@@ -123,9 +125,31 @@ class AdaptiveSampler:
         if where is None:
             self._probabilities = ema_update(self._probabilities, fresh, self.config.gamma)
             self._bottom = bottom
+            self._seen.fill_(True)
         else:
             self._probabilities[where] = ema_update(self._probabilities[where], fresh, self.config.gamma)
             self._bottom[where] = bottom
+            self._seen[where] = True
+
+    def observe(self, q_values: Tensor, bottom_mask: Tensor, indices: Tensor) -> None:
+        """Take in denominators (n,) and bottom labels of the rows `indices`, on the state's device.
+
+        Made for a step: nothing is checked, nothing waits for the device, and a row may come twice (the
+        larger probability counts). Differs from `update`, whose averages start at 0: the first that is heard
+        of a row counts whole, so that weights mean something after one epoch, not after 1 / gamma of them.
+        """
+        fresh = singularity_prob(
+            q_values.detach().to(torch.float32),
+            self.config.tau_train,
+            self.config.beta,
+            normalized=self.config.normalized,
+        )
+        averaged = ema_update(self._probabilities[indices], fresh, self.config.gamma)
+        averaged = torch.where(self._seen[indices], averaged, fresh)
+        # Whatever the order in which a device writes, the largest of a row's values is left.
+        self._probabilities.scatter_reduce_(0, indices, averaged, "amax", include_self=False)
+        self._bottom[indices] = bottom_mask.to(torch.float32)
+        self._seen[indices] = True
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw `count` row indices with replacement, and their importance weights, on the state's device."""
@@ -170,6 +194,7 @@ class AdaptiveSampler:
             "version": _STATE_VERSION,
             "probabilities": self._probabilities.detach().cpu().clone(),
             "bottom": self._bottom.detach().cpu().clone(),
+            "seen": self._seen.cpu().clone(),
             "generator": self.generator.get_state(),
             "order": self._order.clone(),
             "worker_seed": self._worker_seed,
@@ -190,6 +215,7 @@ class AdaptiveSampler:
         device = self._probabilities.device
         self._probabilities = state["probabilities"].to(device).clone()
         self._bottom = state["bottom"].to(device).clone()
+        self._seen = state["seen"].to(device).clone()
         self.generator.set_state(state["generator"].cpu())
         self._order = state["order"].cpu().clone()
         self._worker_seed = int(state["worker_seed"])

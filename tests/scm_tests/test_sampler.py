@@ -77,6 +77,13 @@ def test_normalised_probabilities_use_the_whole_range():
     assert sampler.weights.tolist() == [1.0]
 
 
+def test_a_floor_above_one_acts():
+    """Weights start at 1: a floor says something from there on, and levels what is below it."""
+    probabilities = torch.tensor([0.0, 0.2, 0.9])
+    assert sampling_weights(probabilities, alpha=1.0, s_min=0.9).tolist() == pytest.approx([1.0, 1.2, 1.9])
+    assert sampling_weights(probabilities, alpha=1.0, s_min=1.5).tolist() == pytest.approx([1.5, 1.5, 1.9])
+
+
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=8))
 def test_weights_are_finite_whatever_the_denominators(values):
     """NaN and infinite |Q| leave every weight finite and positive, now and after later updates."""
@@ -206,7 +213,7 @@ def test_an_update_acts_on_the_next_epoch():
             lambda: updated(3).load_state_dict(updated(5).state_dict()),
             "sampler state must have 3 rows, got 5",
         ),
-        (lambda: updated().load_state_dict({"version": 0}), "sampler state must be of version 2, got 0"),
+        (lambda: updated().load_state_dict({"version": 0}), "sampler state must be of version 3, got 0"),
         (lambda: singularity_prob(torch.ones(1), 1e-4, 0.0), "beta must be > 0"),
         (lambda: ema_update(torch.ones(2), torch.ones(1)), "previous and current must have one shape"),
         (lambda: ema_update(torch.ones(1), torch.ones(1), 2.0), r"gamma must be in \(0, 1\]"),
