@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.environment import check_address, check_device, ray_session, terminate_as_interrupt
-from harness.errors import EXIT_RUN_FOLDER, UserError, one_line
+from harness.errors import EXIT_RUN_FOLDER, UserError
 from harness.halving import RungBoard
 from harness.jobs import EndedTrial, JobBoard, Segment, TrialSpec
 from harness.plan import Plan
@@ -26,6 +26,7 @@ from harness.run_folder import (
     unwritable,
 )
 from harness.sink import RunSink
+from harness.task_errors import task_errors_told
 from reports.provenance import gather_provenance
 
 
@@ -98,18 +99,11 @@ def opening_line(plan: Plan, out: Path, concurrency: int, written: int) -> str:
 def check_data(plan: Plan) -> dict[int, str]:
     """Load the task's data for every seed, as a worker will; give its digests, or raise a `UserError`."""
     from trainables.ray_trainable import load_task
-    from trainables.tasks.protocol import TaskError
-    from trainables.trial import error_line
 
     digests = {}
     for seed in plan.seeds:
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the ranking, whatever a task prints
-                digests[seed] = load_task(task_spec(plan), seed).data_digest
-        except TaskError as error:
-            raise UserError(f"task: {one_line(error)}") from None
-        except (Exception, SystemExit) as error:  # a user's own task may raise anything; it is his to read
-            raise UserError(f"task {plan.task.name}: {one_line(error_line(error))}") from None
+        with task_errors_told(plan.task.name):
+            digests[seed] = load_task(task_spec(plan), seed).data_digest
     return digests
 
 

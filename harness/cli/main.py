@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "sweep": Command("harness.cli.sweep", "run a plan: draw configs, train them, write rows, rank them"),
+    "audit": Command("harness.cli.audit", "name the knobs of a plan that do nothing, before it is run"),
     "rank": Command("harness.cli.rank", "rank the configs of a run"),
     "spaces": Command("harness.cli.spaces", "list the named search spaces and what each varies"),
     "tasks": Command("harness.cli.tasks", "list the tasks that a plan can name"),
@@ -89,10 +90,11 @@ def help_text() -> str:
     lines += ["", "scm-harness COMMAND --help says more about one command."]
     lines += [
         "",
-        "exit codes: 0 done; 2 bad input (usage, plan, space, data); 4 run folder missing, not empty,",
+        "exit codes: 0 done; 1 an audit found something; 2 bad input (usage, plan, space, data); 4 run",
+        "folder missing, not empty, unwritable or not a run; 5 finished, but no config has a completed",
+        "trial; 6 the environment cannot give what was asked (GPU, address); 130 interrupted, finished",
+        "rows kept.",
     ]
-    lines += ["unwritable or not a run; 5 finished, but no config has a completed trial; 6 the environment"]
-    lines += ["cannot give what was asked (GPU, address); 130 interrupted, finished rows kept."]
     return "\n".join(lines)
 
 

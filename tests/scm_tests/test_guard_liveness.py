@@ -36,7 +36,7 @@ def evaluate(model: nn.Module, weights: dict[str, float]) -> Tensor:
 
 @given(st.fixed_dictionaries({name: st.just(0.0) | st.floats(0.01, 100.0) for name in TERMS}))
 def test_only_weights_that_change_nothing_are_dead(weights):
-    """Whatever the weights are, 0 included, the dropped term alone is dead, and the hard one trains nothing."""
+    """Whatever the weights are, 0 included, the dropped term alone is dead; the hard one does not train."""
     model = make_model()
     found = weight_liveness(lambda w: evaluate(model, w), weights, model.parameters(), tolerance=1e-12)
     assert {name for name, item in found.items() if not item.alive} == {"dropped"}
