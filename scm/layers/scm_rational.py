@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scm.autodiff.policies import GradientPolicy
-from scm.layers.basis import BasisFunction, ChebyshevBasis, CustomBasis, MonomialBasis
+from scm.layers.basis import BasisFunction, ChebyshevBasis, CustomBasis, MonomialBasis, finite_columns
 from scm.layers.capability import BottomCapability, denominator_capability
 from scm.layers.gating import gate_output
 from scm.layers.projective_rational import check_degrees
@@ -91,24 +91,11 @@ class SCMRationalLayer(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"SCMRationalLayer needs real floating-point input, got {x.dtype}")
         degree = max(self.numerator_degree, self.denominator_degree)
-        columns, usable = _finite_columns(self.basis, x, degree)
+        columns, usable = finite_columns(self.basis, x, degree)
         P = columns[..., : self.numerator_degree + 1] @ self.numerator
         Q = columns[..., : self.denominator_degree + 1] @ self.denominator
         usable = usable & torch.isfinite(P) & torch.isfinite(Q)
         return P, Q, usable
-
-
-def _finite_columns(basis: BasisFunction, x: Tensor, degree: int) -> tuple[Tensor, Tensor]:
-    """Columns of the basis, with 0 for x where a column would not be finite, and where they are true."""
-    limit = basis.largest_argument(degree, x.dtype)
-    if limit is None:
-        # A basis of the caller: only evaluating it tells where it overflows, and an infinite column that
-        # is merely masked would still send NaN to x.
-        with torch.no_grad():
-            usable = torch.isfinite(x) & torch.isfinite(basis(x, degree)).all(dim=-1)
-    else:
-        usable = x.abs() <= limit
-    return basis(torch.where(usable, x, torch.zeros_like(x)), degree), usable
 
 
 def _passing(P: Tensor, Q: Tensor, where: Tensor, threshold: float | Tensor) -> Tensor:
