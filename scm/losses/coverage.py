@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from scm.autodiff.policies import POLICY_CODES, GradientPolicy, policy_in_force
-from scm.losses.rowwise import Reduced, as_rows_of, check_at_least_zero, reduce_rows
+from scm.losses.rowwise import (
+    Reduced,
+    as_rows_of,
+    check_at_least_zero,
+    normalized,
+    reduce_rows,
+    rows_that_count,
+    weights_of_rows,
+)
 
 
 def coverage(outputs: Tensor, is_bottom: Tensor, *, policy: GradientPolicy | None = None) -> Tensor:
@@ -18,16 +26,21 @@ def coverage(outputs: Tensor, is_bottom: Tensor, *, policy: GradientPolicy | Non
 
 
 def rejection_loss(
-    is_bottom: Tensor, target_coverage: float | Tensor = 0.95, *, policy: GradientPolicy | None = None
+    is_bottom: Tensor,
+    target_coverage: float | Tensor = 0.95,
+    *,
+    policy: GradientPolicy | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Return ``relu(target_coverage - coverage)^2``, 0-d float32: a measurement, it has no gradient.
 
     target_coverage: in [0, 1] (ValueError; zeroproofml 0.6.1 does not check). Under the policy REJECT the
-    loss is 0. An empty mask has coverage 1. `soft_coverage_loss` is the form that trains.
+    loss is 0. An empty mask has coverage 1. row_weights: (rows,), the share is weighted by
+    them. `soft_coverage_loss` is the form that trains.
     """
     check_share("target_coverage", target_coverage)
     in_force = policy_in_force("rejection_loss") if policy is None else policy
-    shortfall = (target_coverage - (1.0 - _bottom_share(is_bottom))).clamp(min=0)
+    shortfall = (target_coverage - (1.0 - _bottom_share(is_bottom, row_weights))).clamp(min=0)
     if isinstance(in_force, Tensor):
         shortfall = torch.where(in_force == POLICY_CODES[GradientPolicy.REJECT], 0.0, shortfall)
     elif in_force is GradientPolicy.REJECT:
@@ -43,11 +56,13 @@ def soft_coverage_loss(
     mode: str = "under",
     *,
     mask: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Return ``relu(target - mean(sigmoid((|Q| - tau) / temperature)))^2``, which trains coverage.
 
     tau >= 0, temperature > 0, target in [0, 1]; mode: only "under". mask: entries to count, all by default;
-    with none the loss is 0. Never gated: under the policy REJECT a model learns through this term alone.
+    with none the loss is 0. row_weights: (rows,), the mean is weighted by them. Never gated:
+    under the policy REJECT a model learns through this term alone.
 
     Differs from zeroproofml 0.6.1: at Q = 0 the gradient is the one-sided derivative, so that exact zeros
     are pushed out, to the side of their sign bit. A nan in a counted entry makes loss and gradients nan.
@@ -59,7 +74,9 @@ def soft_coverage_loss(
     if not isinstance(temperature, Tensor) and temperature == 0:
         raise ValueError(f"temperature must be > 0, got {temperature=}")
     check_share("target", target)
-    return reduce_rows(soft_coverage_kernel, Q, tau, temperature, target, mask)
+    weights = weights_of_rows(row_weights, Q)
+    mask = rows_that_count(mask, weights)
+    return reduce_rows(soft_coverage_kernel, Q, tau, temperature, target, mask, False, weights)
 
 
 def soft_coverage_kernel(
@@ -69,6 +86,7 @@ def soft_coverage_kernel(
     target: float | Tensor,
     mask: Tensor | None,
     nonfinite_is_bottom: bool = False,
+    weights: Tensor | None = None,
     *,
     with_gradients: bool,
 ) -> Reduced:
@@ -76,6 +94,8 @@ def soft_coverage_kernel(
     accepted = torch.sigmoid((Q.abs() - tau) / temperature)
     if nonfinite_is_bottom:
         accepted = torch.where(Q.isfinite(), accepted, 0.0)
+    if weights is not None:
+        return _weighted_shortfall(Q, accepted, temperature, target, mask, weights, with_gradients)
     if mask is None:
         share: Tensor | float = 1.0 / max(Q.numel(), 1)
         missing = target if Q.numel() else 0.0
@@ -92,11 +112,39 @@ def soft_coverage_kernel(
     return Reduced(loss, (as_rows_of(slope * (shortfall * (-2.0 * share / temperature)), mask, Q),))
 
 
+def _weighted_shortfall(
+    Q: Tensor,
+    accepted: Tensor,
+    temperature: float | Tensor,
+    target: float | Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    with_gradients: bool,
+) -> Reduced:
+    """The kernel of rows with weights; `mask` is that of `rows_that_count`, and never None."""
+    assert mask is not None
+    accepted = torch.where(mask, accepted, 0.0)
+    weights, one_over = normalized(torch.where(mask, weights, 0.0), accepted)
+    missing = mask.any().to(Q.dtype) * target
+    shortfall = (missing - (accepted * weights).sum() * one_over).clamp(min=0)
+    loss = shortfall * shortfall
+    if not with_gradients:
+        return Reduced(loss)
+    slope = torch.copysign(torch.addcmul(accepted, accepted, accepted, value=-1), Q)
+    slope = slope * (shortfall * (-2.0 * one_over / temperature))
+    return Reduced(loss, (as_rows_of(slope * weights, mask, Q),))
+
+
 def check_share(name: str, value: float | Tensor) -> None:
     """Raise ValueError unless a plain number lies in [0, 1]; tensors are trusted, never read."""
     if not isinstance(value, Tensor) and not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {name}={value!r}")
 
 
-def _bottom_share(is_bottom: Tensor) -> Tensor:
+def _bottom_share(is_bottom: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    weights = weights_of_rows(row_weights, is_bottom)
+    if weights is not None:
+        weights = weights.detach().to(torch.float32)
+        total = weights.sum()
+        return torch.where(is_bottom, weights, 0.0).sum() / torch.where(total > 0, total, 1.0)
     return is_bottom.detach().sum(dtype=torch.float32) / max(is_bottom.numel(), 1)

@@ -13,8 +13,8 @@ from scm.losses.rowwise import (
     TINY,
     Reduced,
     as_rows_of,
-    bool_mask,
     check_at_least_zero,
+    mask_and_weights,
     mean_over,
     reduce_rows,
 )
@@ -33,11 +33,13 @@ def implicit_loss(
     *,
     detach_scale: bool = False,
     mask: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the mean of ``(P*Y_d - Q*Y_n)^2 / (Q^2*Y_d^2 + P^2*Y_n^2 + gamma)``, at most 1e6 per row.
 
     gamma: finite and >= 0. detach_scale: no gradient through the denominator. mask: rows to average over
-    (bool, expands to the rows), all by default; over no rows the loss is 0. Targets get no gradient.
+    (bool, expands to the rows), all by default; over no rows the loss is 0. row_weights: (rows,), the mean is
+    weighted by them. Targets get no gradient.
 
     Differs from zeroproofml 0.6.1, whose value it has everywhere else: bounded (by 1e6 instead of 1/gamma)
     where the denominator vanishes, finite with finite gradients for all finite tuples and targets, 0 for an
@@ -46,9 +48,8 @@ def implicit_loss(
     """
     check_at_least_zero("gamma", gamma)
     P, Q = gate_tuple(P, Q)
-    if mask is not None:
-        mask = bool_mask("mask", mask, torch.broadcast_tensors(P, Q, Y_n, Y_d)[0])
-    return reduce_rows(_implicit, P, Q, Y_n, Y_d, gamma, detach_scale, mask)
+    mask, weights = mask_and_weights(mask, row_weights, P, Q, Y_n, Y_d)
+    return reduce_rows(_implicit, P, Q, Y_n, Y_d, gamma, detach_scale, mask, weights)
 
 
 def _implicit(
@@ -59,6 +60,7 @@ def _implicit(
     gamma: float | Tensor,
     detach_scale: bool,
     mask: Tensor | None,
+    weights: Tensor | None,
     *,
     with_gradients: bool,
 ) -> Reduced:
@@ -73,7 +75,7 @@ def _implicit(
     if is_negligible(gamma):
         denominator = denominator.clamp(min=TINY)
     ratio = cross / denominator
-    loss, share = mean_over(ratio * cross, mask)
+    loss, share = mean_over(ratio * cross, mask, weights)
     loss = loss.to(loss_dtype(P, Q))
     if not with_gradients:
         return Reduced(loss)

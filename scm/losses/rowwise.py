@@ -173,8 +173,17 @@ def _pulled_back(ctx: Any, upstream: Tensor | None, gradients: Sequence[Tensor |
     return (None, *pulled, *([None] * (ctx.n_arguments - len(pulled))))
 
 
-def mean_over(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
-    """Return the mean of `values` over the rows of `mask` (0 over no rows), and what one row weighs in it."""
+def mean_over(
+    values: Tensor, mask: Tensor | None, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """Return the mean of `values` over the rows of `mask` (0 over no rows), and what one row weighs in it.
+
+    weights: of the rows, in the shape of `values`, and `mask` is what `rows_that_count` made of it. What a
+    row weighs is then a tensor of that shape.
+    """
+    if weights is not None:
+        weights, one_over = normalized(weights if mask is None else torch.where(mask, weights, 0.0), values)
+        return (torch.where(weights != 0, values, 0.0) * weights).sum() * one_over, weights * one_over
     if mask is None:
         one = 1.0 / max(values.numel(), 1)
         return values.sum() * one, one
@@ -189,6 +198,45 @@ def as_rows_of(gradient: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
     if gradient.shape != like.shape:
         gradient = gradient.sum_to_size(like.shape)
     return gradient.to(like.dtype)
+
+
+def mask_and_weights(
+    mask: Tensor | None, row_weights: Tensor | None, *operands: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return both in the shape that the operands broadcast to, the mask without the rows of weight 0."""
+    if mask is None and row_weights is None:
+        return None, None
+    like = torch.broadcast_tensors(*operands)[0]
+    weights = weights_of_rows(row_weights, like)
+    return rows_that_count(None if mask is None else bool_mask("mask", mask, like), weights), weights
+
+
+def rows_that_count(mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """Return `mask` without the rows of weight 0: such a row is no row, even where it is not finite."""
+    if weights is None:
+        return mask
+    return weights != 0 if mask is None else mask & (weights != 0)
+
+
+def normalized(weights: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `weights` in the dtype of `like`, and one over their sum (1 where that is 0)."""
+    weights = weights.to(like.dtype)
+    total = weights.sum()
+    return weights, torch.where(total > 0, total, 1.0).reciprocal()
+
+
+def weights_of_rows(row_weights: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return weights, one a row, in the shape of `like`, whose first dimension is the rows.
+
+    ValueError for another number of rows. The values (finite, >= 0) are trusted, never read.
+    """
+    if row_weights is None or row_weights.shape == like.shape:
+        return row_weights
+    if row_weights.ndim != 1 or not like.ndim or len(row_weights) != len(like):
+        raise ValueError(
+            f"row_weights must have one entry a row of {tuple(like.shape)}, got {tuple(row_weights.shape)}"
+        )
+    return row_weights.reshape(-1, *([1] * (like.ndim - 1))).expand(like.shape)
 
 
 def check_at_least_zero(name: str, value: float | Tensor) -> None:

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from scm.autodiff.policies import gate_tuple
 from scm.losses.projective import loss_dtype
-from scm.losses.rowwise import TINY, Reduced, as_rows_of, bool_mask, check_at_least_zero, reduce_rows
+from scm.losses.rowwise import (
+    TINY,
+    Reduced,
+    as_rows_of,
+    bool_mask,
+    check_at_least_zero,
+    normalized,
+    reduce_rows,
+    rows_that_count,
+    weights_of_rows,
+)
 from scm.losses.tuples import in_given_units, is_negligible, is_wide, safe_pair
 
 
@@ -21,6 +31,8 @@ def sign_consistency_loss(
     gamma: float | Tensor = 1e-9,
     mask_singular: Tensor | None = None,
     epsilon_sing: float = 1e-3,
+    *,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the mean over ALL entries of ``1 - cos((P, Q), (Y_n, Y_d))`` where singular, of 0 elsewhere.
 
@@ -28,6 +40,7 @@ def sign_consistency_loss(
     ``|Y_d| <= epsilon_sing``, which takes every bottom for one at +infinity or -infinity. Pass
     `SemanticTargets.mask_oriented` to leave out bottoms without a direction. gamma, epsilon_sing: finite and
     >= 0. gamma is added to the squared norms, so the gradient is at most 1/sqrt(gamma). Targets get none.
+    row_weights: (rows,), the mean is weighted by them.
 
     Differs from zeroproofml 0.6.1: finite gradients for every finite tuple, also with gamma = 0 and below
     1e-150; 0 for an empty batch; real inputs only (TypeError for complex).
@@ -38,9 +51,11 @@ def sign_consistency_loss(
         raise TypeError(f"P and Q must be real, got {P.dtype} and {Q.dtype}")
     if mask_singular is None:
         mask_singular = Y_d.abs() <= epsilon_sing
-    mask = bool_mask("mask_singular", mask_singular, torch.broadcast_tensors(P, Q, Y_n, Y_d)[0])
+    like = torch.broadcast_tensors(P, Q, Y_n, Y_d)[0]
+    weights = weights_of_rows(row_weights, like)
+    mask = rows_that_count(bool_mask("mask_singular", mask_singular, like), weights)
     P, Q = gate_tuple(P, Q)
-    return reduce_rows(sign_kernel, P, Q, Y_n, Y_d, gamma, mask)
+    return reduce_rows(sign_kernel, P, Q, Y_n, Y_d, gamma, mask, weights)
 
 
 def sign_kernel(
@@ -50,6 +65,7 @@ def sign_kernel(
     Y_d: Tensor,
     gamma: float | Tensor,
     mask: Tensor,
+    weights: Tensor | None = None,
     *,
     with_gradients: bool,
 ) -> Reduced:
@@ -65,8 +81,13 @@ def sign_kernel(
     inverse = (length * target).rsqrt()
     cosine = torch.addcmul(p * y, q, d) * inverse
     cost = torch.where(mask, (1.0 - cosine).clamp(min=0), 0.0)
-    share = 1.0 / max(cost.numel(), 1)
-    loss = (cost.sum() * share).to(loss_dtype(P, Q))
+    share: Tensor | float = 1.0 / max(cost.numel(), 1)
+    if weights is not None:
+        weights, one_over = normalized(weights, cost)
+        cost, share = cost * weights, weights * one_over
+        loss = (cost.sum() * one_over).to(loss_dtype(P, Q))
+    else:
+        loss = (cost.sum() * share).to(loss_dtype(P, Q))
     if not with_gradients:
         return Reduced(loss)
     along, inverse = cosine / length * share, inverse * share

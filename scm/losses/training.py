@@ -23,6 +23,8 @@ from scm.losses.rowwise import (
     check_at_least_zero,
     reduce_rows,
     reduce_weighted,
+    rows_that_count,
+    weights_of_rows,
 )
 from scm.losses.separation import check_thresholds
 from scm.losses.sign import sign_kernel
@@ -102,6 +104,7 @@ class SCMTrainingLoss:
         mask_trained: Tensor | None = None,
         target_coverage: Weight | None = None,
         weights: Mapping[str, Weight] | None = None,
+        row_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted total, 0-d, and every term unweighted and detached (nothing is read back).
 
@@ -111,12 +114,15 @@ class SCMTrainingLoss:
         push_down (default: the singular ones). mask_trained: rows that the soft coverage counts (all).
         tau_train, target_coverage: override the config. weights: override the lambdas by the name of the
         term: fit (1 by default), margin, sign, rejection, push_down, push_up; others are a ValueError.
+        row_weights: (rows,), every mean over rows becomes a weighted one: a row of weight 2 counts as two,
+        one of weight 0 not at all, and scaling all weights changes nothing (so importance weights are
+        normalised over the batch). The fit is given weighted already.
 
         A term whose weight is the plain number 0 is not computed and reads 0 in the breakdown. A
         denominator that is not finite counts as 0 in the soft coverage.
         """
         lambdas = self._lambdas(weights)
-        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained)
+        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained, row_weights)
         tau, target = self._thresholds(tau_train, target_coverage)
         terms = self._terms(lambdas, rows, (P, Q, Y_n, Y_d), tau, target)
 
@@ -126,7 +132,7 @@ class SCMTrainingLoss:
             constraints, *losses = reduce_weighted(_operands(terms, P, Q, tau), list(terms.values()))
             total = total + constraints
             parts.update(zip(terms, losses, strict=True))
-        measured = self._measured_coverage(lambdas, is_bottom, target)
+        measured = self._measured_coverage(lambdas, is_bottom, target, row_weights)
         if measured is not None:
             # A measurement without a gradient: it is no part of the node above.
             parts["rejection"] = measured
@@ -149,6 +155,7 @@ class SCMTrainingLoss:
         mask_trained: Tensor | None = None,
         target_coverage: Weight | None = None,
         weights: Mapping[str, Weight] | None = None,
+        row_weights: Tensor | None = None,
     ) -> LossTerms:
         """Return the same sum in its parts: the fit as the task, and by name the terms with a weight.
 
@@ -156,7 +163,7 @@ class SCMTrainingLoss:
         the object itself costs less.
         """
         lambdas = self._lambdas(weights)
-        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained)
+        rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained, row_weights)
         tau, target = self._thresholds(tau_train, target_coverage)
         terms = self._terms(lambdas, rows, (P, Q, Y_n, Y_d), tau, target)
         inputs = _operands(terms, P, Q, tau)
@@ -166,7 +173,7 @@ class SCMTrainingLoss:
             )
             for name, term in terms.items()
         }
-        measured = self._measured_coverage(lambdas, is_bottom, target)
+        measured = self._measured_coverage(lambdas, is_bottom, target, row_weights)
         if measured is not None:
             auxiliaries["rejection"] = measured * lambdas["rejection"]
         return LossTerms(_weighted(fit_loss, lambdas["fit"]), auxiliaries)
@@ -179,10 +186,15 @@ class SCMTrainingLoss:
         return tau, target
 
     def _measured_coverage(
-        self, lambdas: Mapping[str, Weight], is_bottom: Tensor | None, target: Weight
+        self,
+        lambdas: Mapping[str, Weight],
+        is_bottom: Tensor | None,
+        target: Weight,
+        row_weights: Tensor | None,
     ) -> Tensor | None:
-        hard = self.config.coverage_term == "hard" and not _is(0, lambdas["rejection"])
-        return rejection_loss(is_bottom, target) if hard and is_bottom is not None else None
+        if self.config.coverage_term != "hard" or _is(0, lambdas["rejection"]) or is_bottom is None:
+            return None
+        return rejection_loss(is_bottom, target, row_weights=row_weights)
 
     def _lambdas(self, weights: Mapping[str, Weight] | None) -> dict[str, Weight]:
         config = self.config
@@ -218,13 +230,16 @@ class SCMTrainingLoss:
             terms[term] = WeightedTerm(lambdas[term], kernel, operands, arguments)
 
         finite = None if rows.finite is None else bool_mask("mask_finite", rows.finite, Q)
+        weights = weights_of_rows(rows.weights, Q)
         if not _is(0, lambdas["sign"]):
             singular = rows.singular if rows.singular is not None else Y_d.abs() <= config.epsilon_sing
             if singular.shape != P.shape or singular.dtype != torch.bool:
                 singular = bool_mask("mask_singular", singular, torch.broadcast_tensors(P, Q, Y_n, Y_d)[0])
-            add("sign", sign_kernel, (0, 1), Y_n, Y_d, config.gamma, singular)
+            own = weights_of_rows(rows.weights, singular)  # P may have more outputs than Q
+            add("sign", sign_kernel, (0, 1), Y_n, Y_d, config.gamma, rows_that_count(singular, own), own)
         if not _is(0, lambdas["margin"]):
-            add("margin", below_kernel, (1,), tau, finite, False, finite is not None)
+            counted = rows_that_count(finite, weights)
+            add("margin", below_kernel, (1,), tau, counted, False, finite is not None, weights)
         if config.coverage_term == "soft" and not _is(0, lambdas["rejection"]):
             trained = None if rows.trained is None else bool_mask("mask_trained", rows.trained, Q)
             # Ungated, and a denominator that is not a number must not take all others' gradient with it.
@@ -235,8 +250,9 @@ class SCMTrainingLoss:
                 tau,
                 config.coverage_temperature,
                 target,
-                trained,
+                rows_that_count(trained, weights),
                 True,
+                weights,
             )
         if not (_is(0, lambdas["push_down"]) and _is(0, lambdas["push_up"])):
             censored = next(
@@ -244,27 +260,31 @@ class SCMTrainingLoss:
             )
             censored = bool_mask("mask_censored", censored, Q)
             if not _is(0, lambdas["push_down"]):
-                add("push_down", above_kernel, (1,), config.tau_bottom, censored, True)
+                counted = rows_that_count(censored, weights)
+                add("push_down", above_kernel, (1,), config.tau_bottom, counted, True, weights)
             if not _is(0, lambdas["push_up"]):
+                counted = rows_that_count(~censored if finite is None else finite, weights)
                 add(
                     "push_up",
                     below_kernel,
                     (1,),
                     config.tau_finite,
-                    ~censored if finite is None else finite,
+                    counted,
                     True,
                     finite is not None,
+                    weights,
                 )
         return terms
 
 
 class _Rows(NamedTuple):
-    """The masks of a call, as given."""
+    """The masks and the weights of a call, as given."""
 
     finite: Tensor | None
     singular: Tensor | None
     censored: Tensor | None
     trained: Tensor | None
+    weights: Tensor | None
 
 
 def _operands(terms: Mapping[str, WeightedTerm], P: Tensor, Q: Tensor, tau: Weight) -> tuple[Tensor, ...]:
