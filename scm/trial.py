@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from scm.data import Split
+from scm.guards.range import RangeGuard, SaturationGuard
+from scm.guards.spread import SpreadGuard, projective_residual
 from scm.inference.strict import InferenceConfig, strict_inference
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.seeding import generator, seeded_init
@@ -153,10 +155,35 @@ def make_companions(config: TrialConfig, around: Around) -> list[Companion]:
     return [companion for companion in made if companion is not None]
 
 
+def _range_guard(config: TrialConfig, around: Around) -> Companion | None:
+    if config.output_bound is None:
+        return None
+    return RangeGuard(config.output_bound, config.output_bound_form)
+
+
+def _saturation_guard(config: TrialConfig, around: Around) -> Companion | None:
+    if config.lambda_saturation == 0:
+        return None
+    # Under the hard term the temperature is no part of the config: its default stands for it.
+    soft = config.coverage_term == "soft"
+    temperature = config.coverage_temperature if soft else TrialConfig().coverage_temperature
+    return SaturationGuard(config.lambda_saturation, config.saturation_threshold, temperature=temperature)
+
+
+def _spread_guard(config: TrialConfig, around: Around) -> Companion | None:
+    if config.lambda_spread == 0:
+        return None
+    return SpreadGuard(config.lambda_spread, config.target_spread, difficulty=projective_residual)
+
+
 # One function a family, None where the config does not ask for it. The order is that of the calls: what
 # bounds outputs comes before what looks at them, what weighs all terms against each other after those who
 # add some.
-_COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {}
+_COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {
+    "range": _range_guard,
+    "saturation": _saturation_guard,
+    "spread": _spread_guard,
+}
 
 
 def make_trainer(

@@ -120,6 +120,13 @@ class TrialConfig:
     nonfinite_budget: int = _knob(10, _NOT_NEGATIVE)
     restore_best: bool = _knob(False)
 
+    output_bound: float | None = _knob(None, _POSITIVE)
+    output_bound_form: str = _knob("soft", choices=("hard", "soft", "straight_through"), output_bound=GIVEN)
+    lambda_saturation: float = _knob(0.0, _NOT_NEGATIVE)
+    saturation_threshold: float = _knob(5.0, _NOT_NEGATIVE, lambda_saturation=POSITIVE)
+    lambda_spread: float = _knob(0.0, _NOT_NEGATIVE)
+    target_spread: float = _knob(0.5, _NOT_NEGATIVE, lambda_spread=POSITIVE)
+
     head: str = _knob("pattern", choices=("pattern", "multihead", "angular"))
     hidden_width: int = _knob(64, _AT_LEAST_ONE)
     hidden_depth: int = _knob(2, _NOT_NEGATIVE)

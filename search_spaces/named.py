@@ -98,8 +98,25 @@ _NAMED = (
     ),
 )
 
+# Asked for by name alone: what these vary is off by default, and most searches have no use for it.
+_APART = (
+    Space(
+        "guards",
+        {
+            "output_bound": Choice((None, 0.5, 0.9)),
+            "output_bound_form": Choice(("hard", "soft", "straight_through"), when={"output_bound": (0.5, 0.9)}),
+            "lambda_saturation": Float(1e-3, 10.0, log=True),
+            "saturation_threshold": Float(1.0, 20.0),
+            "lambda_spread": Float(1e-2, 10.0, log=True),
+            "target_spread": Float(0.02, 0.4),
+        },
+        description="Guards of stability: bounded outputs, gates kept where they can move, rows kept apart.",
+    ),
+)
+
 SPACES: dict[str, Space] = {space.name: space for space in _NAMED}
 SPACES["default"] = compose(*_NAMED, name="default", description="All of the above, together.")
+SPACES |= {space.name: space for space in _APART}
 
 
 def named_space(name: str) -> Space:

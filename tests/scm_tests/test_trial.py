@@ -150,6 +150,12 @@ OTHER: dict[str, Any] = {
     "tau_finite": 0.6,
     "loss_ramp_epochs": 3,
     "gradient_policy": "project",
+    "output_bound": 0.5,
+    "output_bound_form": "hard",
+    "lambda_saturation": 1.0,
+    "saturation_threshold": 1.0,
+    "lambda_spread": 1.0,
+    "target_spread": 0.4,
     "head": "angular",
     "hidden_width": 9,
     "hidden_depth": 1,
@@ -169,6 +175,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "q_min": {"head": "multihead", "q_param": "softplus", "q_anchor": "none"},
     "numerator_degree": {"head": "multihead"},
     "denominator_degree": {"head": "multihead"},
+    "output_bound_form": {"output_bound": 0.5},
+    "saturation_threshold": {"lambda_saturation": 1.0},
+    "target_spread": {"lambda_spread": 1.0},
 }
 # These act when a training ends, or judge it; amp_dtype on CUDA.
 JUDGES = {

@@ -55,6 +55,8 @@ BESIDE: dict[str, dict[str, Any]] = {
         "batch_size": 16,
     },
     "optimizer": {"weight_decay": 1e-2},  # adam and adamw differ in how they decay
+    "saturation_threshold": {"lambda_saturation": 1.0, "coverage_temperature": 1e-2},
+    "target_spread": {"lambda_spread": 1.0},
 }
 
 
