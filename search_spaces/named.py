@@ -104,7 +104,9 @@ _APART = (
         "guards",
         {
             "output_bound": Choice((None, 0.5, 0.9)),
-            "output_bound_form": Choice(("hard", "soft", "straight_through"), when={"output_bound": (0.5, 0.9)}),
+            "output_bound_form": Choice(
+                ("hard", "soft", "straight_through"), when={"output_bound": (0.5, 0.9)}
+            ),
             "lambda_saturation": Float(1e-3, 10.0, log=True),
             "saturation_threshold": Float(1.0, 20.0),
             "lambda_spread": Float(1e-2, 10.0, log=True),

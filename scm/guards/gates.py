@@ -6,12 +6,14 @@ they are the acceptance of the row: how far |Q| is above the threshold.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from scm.training.companion import Moment
+if TYPE_CHECKING:
+    from scm.training.companion import Moment
+
 
 RAW_OUTPUTS = "raw_outputs"  # in `Moment.found`: what the model gave, where a guard has bounded it since
 

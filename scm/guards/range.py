@@ -7,7 +7,7 @@ lets through is decided in `scm.guards.bounds`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from torch import Tensor
 from scm.guards.bounds import BOUND_FORMS, bound, check_limit, saturation_penalty
 from scm.guards.gates import RAW_OUTPUTS, gate_logits, trained_rows
 from scm.losses.rowwise import check_at_least_zero
-from scm.training.companion import Moment
+
+if TYPE_CHECKING:
+    from scm.training.companion import Moment
 
 
 class RangeGuard:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from torch import Tensor
 from scm.guards.bounds import check_limit
 from scm.guards.gates import row_scalar, trained_rows
 from scm.losses.rowwise import check_at_least_zero
-from scm.training.companion import Moment
+
+if TYPE_CHECKING:
+    from scm.training.companion import Moment
 
 SPREAD_FORMS = ("hinge", "pairwise", "jittered")
 _STANDARD_ERRORS = 2.0
@@ -149,7 +151,7 @@ class RunningSpread:
         self._held = None if state["held"] is None else state["held"].clone()
 
 
-Difficulty = Callable[[Moment], "Tensor | None"]
+Difficulty = Callable[["Moment"], "Tensor | None"]
 """How hard each row is, (B,), as seen after the loss; None where it cannot be told."""
 
 
