@@ -100,7 +100,7 @@ class TrialConfig:
     tau_train_max: float = _knob(1e-4, _POSITIVE)
     tau_infer: float = _knob(1e-6, _POSITIVE)
 
-    fit: str = _knob("projective", choices=("projective", "implicit", "implicit_detached"))
+    fit: str = _knob("projective", choices=("projective", "implicit", "implicit_detached", "quotient"))
     gamma: float = _knob(1e-9, _NOT_NEGATIVE)
     lambda_margin: float = _knob(0.1, _NOT_NEGATIVE)
     lambda_sign: float = _knob(1.0, _NOT_NEGATIVE)

@@ -6,6 +6,7 @@ from scm.losses.coverage import coverage, rejection_loss, soft_coverage_loss
 from scm.losses.implicit import implicit_loss
 from scm.losses.margin import margin_loss
 from scm.losses.projective import projective_fit_loss
+from scm.losses.quotient import quotient_loss
 from scm.losses.separation import scm_separation_losses
 from scm.losses.sign import sign_consistency_loss
 from scm.losses.training import LossConfig, SCMTrainingLoss
@@ -17,6 +18,7 @@ __all__ = [
     "implicit_loss",
     "margin_loss",
     "projective_fit_loss",
+    "quotient_loss",
     "rejection_loss",
     "scm_separation_losses",
     "sign_consistency_loss",

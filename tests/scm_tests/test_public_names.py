@@ -18,6 +18,7 @@ NAMES: dict[str, str] = {
     "scm.losses": "LossConfig SCMTrainingLoss implicit_loss margin_loss sign_consistency_loss rejection_loss "
     "coverage soft_coverage_loss scm_separation_losses projective_fit_loss",
     "scm.losses.implicit": "implicit_loss",
+    "scm.losses.quotient": "quotient_loss",
     "scm.losses.margin": "margin_loss",
     "scm.losses.sign": "sign_consistency_loss",
     "scm.losses.coverage": "coverage rejection_loss soft_coverage_loss",
