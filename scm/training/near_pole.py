@@ -146,7 +146,12 @@ class NearPoleFeedback:
         self.batches = batches
 
     def after_backward(self, moment: Moment) -> None:
-        """Take in the denominators; ValueError where the training's loader does not name its rows."""
+        """Take in the denominators; ValueError where the training's loader does not name its rows.
+
+        Points that an exploration adds are no rows of the data, and are passed over.
+        """
+        if "explored" in moment.fed.extras:
+            return
         indices = moment.fed.extras.get("indices")
         if indices is None:
             raise ValueError(
