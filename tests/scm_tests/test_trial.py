@@ -155,7 +155,7 @@ OTHER: dict[str, Any] = {
     "lambda_saturation": 1.0,
     "saturation_threshold": 1.0,
     "lambda_spread": 1.0,
-    "target_spread": 0.4,
+    "target_spread": 0.01,
     "head": "angular",
     "hidden_width": 9,
     "hidden_depth": 1,
