@@ -18,12 +18,15 @@ from scm.guards.range import RangeGuard, SaturationGuard
 from scm.guards.spread import SpreadGuard, projective_residual
 from scm.inference.strict import InferenceConfig, strict_inference
 from scm.losses.training import LossConfig, SCMTrainingLoss
-from scm.seeding import generator, seeded_init
+from scm.seeding import generator, seed_for, seeded_init
 from scm.training.companion import Companion
 from scm.training.config import TrainingConfig
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
+from scm.training.hybrid_schedule import HybridGradientSchedule, HybridScheduleCompanion
 from scm.training.loader import TensorBatches
+from scm.training.near_pole import NearPoleBatches, NearPoleFeedback
 from scm.training.objective import FitLoss, ProjectiveObjective
+from scm.training.sampler import AdaptiveSamplerConfig
 from scm.training.trainer import SCMTrainer
 from scm.trial_config import TrialConfig
 
@@ -116,7 +119,12 @@ def make_training_loss(config: TrialConfig, fit: FitLoss | None = None) -> LossF
             tau_finite=config.tau_finite,
         )
     )
-    return ProjectiveObjective(constraints, fit=config.fit if fit is None else fit, gamma=config.gamma)
+    return ProjectiveObjective(
+        constraints,
+        fit=config.fit if fit is None else fit,
+        gamma=config.gamma,
+        hybrid_bound=config.hybrid_bound,
+    )
 
 
 def make_curriculum(config: TrialConfig) -> LossWeightsCurriculum | None:
@@ -176,6 +184,27 @@ def _spread_guard(config: TrialConfig, around: Around) -> Companion | None:
     return SpreadGuard(config.lambda_spread, config.target_spread, difficulty=projective_residual)
 
 
+def _hybrid_schedule(config: TrialConfig, around: Around) -> Companion | None:
+    if config.hybrid_schedule == "none" or config.fit != "quotient":
+        return None
+    return HybridScheduleCompanion(
+        HybridGradientSchedule(
+            schedule_type=config.hybrid_schedule,
+            warmup_epochs=config.hybrid_warmup_epochs,
+            transition_epochs=config.hybrid_transition_epochs,
+            delta_init=config.hybrid_delta_init,
+            delta_final=config.hybrid_delta_final,
+            adaptive_delta=config.hybrid_adaptive_delta,
+        )
+    )
+
+
+def _near_pole_feedback(config: TrialConfig, around: Around) -> Companion | None:
+    if not isinstance(around.train_loader, NearPoleBatches):
+        return None
+    return NearPoleFeedback(around.train_loader)
+
+
 # One function a family, None where the config does not ask for it. The order is that of the calls: what
 # bounds outputs comes before what looks at them, what weighs all terms against each other after those who
 # add some.
@@ -183,6 +212,8 @@ _COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {
     "range": _range_guard,
     "saturation": _saturation_guard,
     "spread": _spread_guard,
+    "hybrid": _hybrid_schedule,
+    "sampling": _near_pole_feedback,
 }
 
 
@@ -211,7 +242,7 @@ def make_trainer(
     # Moved before the optimizer is made, which keeps its moments where the weights are.
     model = model.to(device)
     optimizer = make_optimizer(config, model.parameters())
-    batches = _batches(train, dtype, config.batch_size, device, generator(seed, "order"))
+    batches = _train_batches(config, train, seed, device)
     val_batches = None
     if val is not None:
         val_batches = _batches(val, dtype, max(config.batch_size, _VALIDATION_ROWS), device, None)
@@ -249,6 +280,34 @@ def make_trainer(
     )
 
 
+def _train_batches(
+    config: TrialConfig, split: Split, seed: int, device: str | torch.device
+) -> TensorBatches | NearPoleBatches:
+    dtype = DTYPES[config.dtype]
+    if config.sampling == "shuffle":
+        return _batches(split, dtype, config.batch_size, device, generator(seed, "order"))
+    sampler = AdaptiveSamplerConfig(
+        tau_train=0.5 * (config.tau_train_min + config.tau_train_max),
+        beta=config.sampling_beta,
+        gamma=config.sampling_memory,
+        alpha=config.sampling_strength,
+        batch_size=config.batch_size,
+        normalized=True,
+    )
+    return NearPoleBatches(
+        _inputs(split, dtype),
+        split.targets.to(dtype=dtype),
+        sampler,
+        seed=seed_for(seed, "order"),
+        correct=config.sampling_correction,
+        device=device,
+    )
+
+
+def _inputs(split: Split, dtype: torch.dtype) -> Tensor:
+    return split.inputs.to(dtype) if split.inputs.is_floating_point() else split.inputs
+
+
 def _batches(
     split: Split,
     dtype: torch.dtype,
@@ -256,8 +315,8 @@ def _batches(
     device: str | torch.device,
     order: torch.Generator | None,
 ) -> TensorBatches:
-    inputs = split.inputs.to(dtype) if split.inputs.is_floating_point() else split.inputs
-    return TensorBatches(inputs, split.targets.to(dtype=dtype), batch_size, generator=order, device=device)
+    targets = split.targets.to(dtype=dtype)
+    return TensorBatches(_inputs(split, dtype), targets, batch_size, generator=order, device=device)
 
 
 class Decoded(NamedTuple):

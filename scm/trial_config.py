@@ -58,6 +58,7 @@ _NOT_NEGATIVE: _Rule = (">= 0", lambda value: value >= 0)
 _SHARE: _Rule = ("in [0, 1]", lambda value: 0 <= value <= 1)
 _DECAY: _Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
 _AT_LEAST_ONE: _Rule = (">= 1", lambda value: value >= 1)
+_MEMORY: _Rule = ("in (0, 1]", lambda value: 0 < value <= 1)
 
 
 def _knob(
@@ -70,6 +71,12 @@ def _knob(
 ) -> Any:
     metadata = {"rule": rule, "choices": choices, "active_when": MappingProxyType(active_when)}
     return field(default=default, metadata=metadata)
+
+
+_HYBRID: dict[str, tuple[Any, ...]] = {
+    "fit": ("quotient",),
+    "hybrid_schedule": ("linear", "cosine", "exponential"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +126,22 @@ class TrialConfig:
     coverage_patience: int = _knob(3, _AT_LEAST_ONE)
     nonfinite_budget: int = _knob(10, _NOT_NEGATIVE)
     restore_best: bool = _knob(False)
+
+    hybrid_schedule: str = _knob(
+        "none", choices=("none", "linear", "cosine", "exponential"), fit=("quotient",)
+    )
+    hybrid_warmup_epochs: int = _knob(0, _NOT_NEGATIVE, **_HYBRID)
+    hybrid_transition_epochs: int = _knob(20, _NOT_NEGATIVE, **_HYBRID)
+    hybrid_delta_init: float = _knob(1e-2, _POSITIVE, **_HYBRID)
+    hybrid_delta_final: float = _knob(1e-6, _POSITIVE, **_HYBRID)
+    hybrid_adaptive_delta: bool = _knob(True, **_HYBRID)
+    hybrid_bound: float = _knob(1.0, _POSITIVE, **_HYBRID)
+
+    sampling: str = _knob("shuffle", choices=("shuffle", "near_pole"))
+    sampling_strength: float = _knob(1.0, _POSITIVE, sampling=("near_pole",))
+    sampling_beta: float = _knob(0.1, _POSITIVE, sampling=("near_pole",))
+    sampling_memory: float = _knob(0.3, _MEMORY, sampling=("near_pole",))
+    sampling_correction: bool = _knob(False, sampling=("near_pole",))
 
     output_bound: float | None = _knob(None, _POSITIVE)
     output_bound_form: str = _knob("soft", choices=("hard", "soft", "straight_through"), output_bound=GIVEN)
