@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 _VECTORS = Path(__file__).parent / "data" / "vectors_scm.json"
+_GUARD_VECTORS = Path(__file__).parent / "data" / "vectors_rlan.json"
 _WORDS = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
 
 
@@ -38,3 +39,10 @@ def vector_group() -> Callable[[str], list[dict[str, Any]]]:
         return list(groups[name]["cases"])
 
     return read
+
+
+@pytest.fixture(scope="session")
+def guard_vectors() -> dict[str, Any]:
+    """Read what is recorded of the stability guards, by group; "nan", "inf" and "-inf" are floats."""
+    vectors: dict[str, Any] = _decode(json.loads(_GUARD_VECTORS.read_text(encoding="utf-8")))
+    return vectors
