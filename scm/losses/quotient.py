@@ -16,7 +16,15 @@ from torch import Tensor
 from scm.autodiff.policies import DEFAULT_BOTTOM_TAU, gate_tuple
 from scm.core.tags import TRTag
 from scm.losses.projective import loss_dtype
-from scm.losses.rowwise import Reduced, as_rows_of, bool_mask, check_at_least_zero, mean_over, reduce_rows
+from scm.losses.rowwise import (
+    Reduced,
+    as_rows_of,
+    bool_mask,
+    check_at_least_zero,
+    mask_and_weights,
+    mean_over,
+    reduce_rows,
+)
 
 LARGEST = 1e18
 """A residual or distance counts as no larger, so that the squares of all rows have a sum in float32."""
@@ -38,6 +46,7 @@ def quotient_loss(
     lambda_rej: float | Tensor = 1.0,
     hybrid_delta: float | Tensor | None = None,
     hybrid_bound: float | Tensor = 1.0,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the mean over rows of the base loss of ``P/Q - Y_n/Y_d``, constant where there is no value.
 
@@ -50,10 +59,10 @@ def quotient_loss(
 
     tags: of the answers (`tags_of_tuples`); by default P/Q has a value where it does in strict decoding at
     `tau`, or wherever it is finite without `tau`. mask: rows to average over, all by default; over none the
-    loss is 0. mask_finite: rows whose target is a number (default: Y_d != 0). orientation: -1, 0 or 1 of the
-    other rows (default: the sign of Y_n, which takes every bottom of `lift_targets` for an infinity; pass
-    `SemanticTargets.orientation_label`). All expand to the rows. Targets get no gradient; 0-d, at least
-    float32.
+    loss is 0. row_weights: (rows,), the mean is weighted by them. mask_finite: rows whose target is a number
+    (default: Y_d != 0). orientation: -1, 0 or 1 of the other rows (default: the sign of Y_n, which takes
+    every bottom of `lift_targets` for an infinity; pass `SemanticTargets.orientation_label`). All expand to
+    the rows. Targets get no gradient; 0-d, at least float32.
 
     hybrid_delta: where the target is a number and |Q| <= hybrid_delta, the value is as above, and the
     gradients saturate, whether P/Q has a value or not: with ``h = sqrt(Q^2 + hybrid_bound^2)``,
@@ -69,8 +78,7 @@ def quotient_loss(
     _check(base, huber_delta, lambda_rej, tau, hybrid_delta, hybrid_bound)
     P, Q = gate_tuple(P, Q, tau=DEFAULT_BOTTOM_TAU if tau is None else tau)
     rows = torch.broadcast_tensors(P, Q, Y_n, Y_d)[0]
-    if mask is not None:
-        mask = bool_mask("mask", mask, rows)
+    mask, weights = mask_and_weights(mask, row_weights, rows)
     finite = bool_mask("mask_finite", Y_d != 0 if mask_finite is None else mask_finite, rows)
     has_value = None if tags is None else bool_mask("tags", tags == TRTag.REAL, rows)
     side = Y_n.sign() if orientation is None else orientation.to(rows.dtype)
@@ -90,6 +98,7 @@ def quotient_loss(
         lambda_rej,
         hybrid_delta,
         hybrid_bound,
+        weights,
     )
 
 
@@ -145,6 +154,7 @@ def _quotient(
     lambda_rej: float | Tensor,
     hybrid_delta: float | Tensor | None,
     hybrid_bound: float | Tensor,
+    weights: Tensor | None,
     *,
     with_gradients: bool,
 ) -> Reduced:
@@ -163,7 +173,7 @@ def _quotient(
     wrong = (side != 0) & (off_side > 0)
     distance = (q.abs() + torch.where(wrong, off_side, 0.0)).clamp(max=LARGEST)
     costs = torch.where(fitted, cost, torch.where(aside, distance * lambda_rej, lambda_rej))
-    loss, share = mean_over(costs, mask)
+    loss, share = mean_over(costs, mask, weights)
     loss = loss.to(loss_dtype(P, Q))
     if not with_gradients:
         return Reduced(loss)

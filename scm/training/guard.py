@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from scm.gradients import by_kind, clip_by_norm, flag_non_finite
+
 SKIP_KINDS = ("loss", "gradient")
 
 
@@ -84,16 +86,10 @@ class StepGuard:
     def _check(self, gradients: Iterable[Tensor], weight: float) -> None:
         """Raise the flag at the first gradient that is not finite, and divide all of them by `weight`."""
         self._found.zero_()
-        for group in _by_kind(gradients):
-            there = group[0].device
-            found = self._found if there == self._found.device else self._found.to(there)
-            # GradScaler's own kernel: one pass over all gradients, where isfinite() takes one call for each.
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, self._one.to(there))
-            if found is not self._found:
-                self._found += found.to(self._found.device)
-            if (
-                weight != 1.0
-            ):  # not by the kernel: it multiplies in float32, which float64 gradients would feel
+        groups = by_kind(gradients)
+        flag_non_finite(groups, self._found, self._one)
+        if weight != 1.0:  # not by the check's kernel: it multiplies in float32, which float64 would feel
+            for group in groups:
                 torch._foreach_div_(group, weight)
 
     def _waiting_step(self) -> bool:
@@ -153,42 +149,6 @@ class StepGuard:
             self._skips[kind].zero_()
         self.scale_skips = int(state["scale_skips"])
         self._bad_loss.fill_(float(state["bad_loss"]))
-
-
-def clip_by_norm(gradients: Sequence[Tensor], limit: float) -> None:
-    """Scale all gradients in place so that the norm of them together is at most `limit`; never waits."""
-    # In float64, where squares of float32 gradients do not overflow: a norm of inf would clip them to 0.
-    norms = [torch.stack(torch._foreach_norm(group, 2, dtype=torch.float64)) for group in _by_kind(gradients)]
-    home = norms[0].device
-    total = torch.linalg.vector_norm(torch.cat([norm.to(home) for norm in norms]))
-    factor = (limit / (total + 1e-12)).clamp(max=1.0)
-    for group in _by_kind(gradients):
-        torch._foreach_mul_(group, factor.to(group[0].device, group[0].dtype))
-
-
-def count_non_finite(tensors: Iterable[Tensor]) -> int:
-    """Return how many values of all tensors are not finite; waits for the device once."""
-    counts = [(~torch.isfinite(tensor)).sum() for tensor in tensors]
-    return (
-        int(torch.stack([count.cpu() if len(counts) == 1 else count for count in counts]).sum())
-        if counts
-        else 0
-    )
-
-
-def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group tensors by device and dtype, as the fused passes want them; sparse ones by their values."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.is_sparse:
-            tensor = tensor._values()
-        key = (tensor.device, tensor.dtype)
-        held = groups.get(key)
-        if held is None:
-            groups[key] = [tensor]
-        else:
-            held.append(tensor)
-    return list(groups.values())
 
 
 def _skips_alone(optimizer: torch.optim.Optimizer) -> bool:

@@ -75,7 +75,9 @@ class ProjectiveObjective:
         hybrid_delta: the |Q| up to which the quotient's gradients saturate; other fits have no such radius.
         Without `semantic_targets` every row is trained, and those with Y_d = 0 are bottoms with a direction.
         """
-        held = self._arguments(outputs, lifted, tau, semantic_targets, loss_weights, row_weights, hybrid_delta)
+        held = self._arguments(
+            outputs, lifted, tau, semantic_targets, loss_weights, row_weights, hybrid_delta
+        )
         total, _ = self.constraints(*held.tensors, **held.named)
         return total
 
@@ -91,7 +93,9 @@ class ProjectiveObjective:
         hybrid_delta: float | Tensor | None = None,
     ) -> LossTerms:
         """Return the same sum in its parts: the fit is the task, the constraints by name are beside it."""
-        held = self._arguments(outputs, lifted, tau, semantic_targets, loss_weights, row_weights, hybrid_delta)
+        held = self._arguments(
+            outputs, lifted, tau, semantic_targets, loss_weights, row_weights, hybrid_delta
+        )
         return self.constraints.terms(*held.tensors, **held.named)
 
     def _arguments(
@@ -120,6 +124,7 @@ class ProjectiveObjective:
                 lambda_rej=(loss_weights or {}).get("rejection", self.constraints.config.lambda_rej),
                 hybrid_delta=hybrid_delta,
                 hybrid_bound=self.hybrid_bound,
+                row_weights=row_weights,
             )
         else:
             fit = self._fit(P, Q, Y_n, Y_d, masks.trained, tau, row_weights)
@@ -150,7 +155,9 @@ class ProjectiveObjective:
             if row_weights is None:
                 return self.fit(*gated, Y_n, Y_d, trained)
             if not self._fit_takes_weights:
-                raise ValueError("fit must take row_weights when the loader gives them, its signature does not")
+                raise ValueError(
+                    "fit must take row_weights when the loader gives them, its signature does not"
+                )
             return self.fit(*gated, Y_n, Y_d, trained, row_weights=row_weights)
         if self.fit == "projective":
             return projective_fit_loss(P, Q, Y_n, Y_d, mask=trained, row_weights=row_weights)

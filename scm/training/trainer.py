@@ -26,6 +26,7 @@ from scm.autodiff.policies import (
     policies_disabled,
     scaled_gradients,
 )
+from scm.gradients import count_non_finite
 from scm.losses.terms import LossTerms
 from scm.seeding import generator
 from scm.training.apart import backward_apart
@@ -35,7 +36,7 @@ from scm.training.companion import Companion, Companions, Moment
 from scm.training.config import TrainingConfig
 from scm.training.feed import Fed, Feeder, LossCall, bottom_is_unreachable
 from scm.training.gap import perturbed_threshold
-from scm.training.guard import StepGuard, count_non_finite
+from scm.training.guard import StepGuard
 from scm.training.objective import as_trainer_loss, in_terms
 from scm.training.random_state import OwnRandomState, unmoved_random_state
 from scm.training.records import EpochRecords, EpochReport, counts_of, epoch_metrics, row_metrics

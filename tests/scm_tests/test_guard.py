@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scm.training.guard import StepGuard, clip_by_norm, count_non_finite
+from scm.gradients import clip_by_norm, count_non_finite
+from scm.training.guard import StepGuard
 from scm.training.trainer import SCMTrainer, TrainingConfig
 
 NAN, INF = float("nan"), float("inf")
