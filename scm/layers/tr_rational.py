@@ -210,7 +210,10 @@ class TRRational(nn.Module):
 
         Differs from zeroproof 0.1.0: Q' is the derivative itself.
         """
-        Q, slope = torch.func.jvp(lambda held: self._tuple(held)[1], (x,), (torch.ones_like(x),))
+        if self.output_dim is not None and x.ndim:
+            x = x.expand(*x.shape[:-1], self.output_dim)  # each output's slope by an argument of its own
+        Q, pull = torch.func.vjp(lambda held: self._tuple(held)[1], x)[:2]
+        (slope,) = pull(torch.ones_like(Q))
         distance = Q.abs() / slope.abs().clamp_min(_SLOPE_FLOOR)
         return torch.where(torch.isfinite(Q), distance, torch.zeros_like(Q))
 
