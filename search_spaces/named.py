@@ -19,6 +19,11 @@ _ADAM = {"optimizer": ("adam", "adamw")}
 _SOFT = {"coverage_term": ("soft",)}
 _MULTIHEAD = {"head": ("multihead",)}
 
+_NEAR_POLE = {"sampling": ("near_pole",)}
+_QUOTIENT = {"fit": ("quotient",)}
+_HYBRID = {**_QUOTIENT, "hybrid_schedule": ("linear", "cosine", "exponential")}
+_FIT = Choice(("projective", "implicit", "implicit_detached", "quotient"))  # in two spaces, composable so
+
 _NAMED = (
     Space(
         "coverage_targets",
@@ -45,7 +50,7 @@ _NAMED = (
     Space(
         "loss_weights",
         {
-            "fit": Choice(("projective", "implicit", "implicit_detached")),
+            "fit": _FIT,
             "lambda_margin": Float(1e-3, 10.0, log=True),
             "lambda_sign": Float(1e-3, 10.0, log=True),
             "lambda_push_down": Float(1e-3, 10.0, log=True),
@@ -100,6 +105,31 @@ _NAMED = (
 
 # Asked for by name alone: what these vary is off by default, and most searches have no use for it.
 _APART = (
+    Space(
+        "hybrid",
+        {
+            "fit": _FIT,
+            "hybrid_schedule": Choice(("none", "linear", "cosine", "exponential"), when=_QUOTIENT),
+            "hybrid_warmup_epochs": Int(0, 10, when=_HYBRID),
+            "hybrid_transition_epochs": Int(1, 40, log=True, when=_HYBRID),
+            "hybrid_delta_init": Float(1e-3, 0.5, log=True, when=_HYBRID),
+            "hybrid_delta_final": Float(1e-4, 1e-1, log=True, when=_HYBRID),
+            "hybrid_adaptive_delta": Choice((True, False), when=_HYBRID),
+            "hybrid_bound": Float(0.1, 1.0, log=True, when=_HYBRID),
+        },
+        description="How far around a pole gradients saturate, by epoch, where the fit is the quotient.",
+    ),
+    Space(
+        "sampling",
+        {
+            "sampling": Choice(("shuffle", "near_pole")),
+            "sampling_strength": Float(0.5, 16.0, log=True, when=_NEAR_POLE),
+            "sampling_beta": Float(1e-2, 1.0, log=True, when=_NEAR_POLE),
+            "sampling_memory": Float(0.05, 1.0, when=_NEAR_POLE),
+            "sampling_correction": Choice((False, True), when=_NEAR_POLE),
+        },
+        description="Whether rows near poles are drawn more often, how much, and whether losses undo it.",
+    ),
     Space(
         "guards",
         {

@@ -55,6 +55,13 @@ BESIDE: dict[str, dict[str, Any]] = {
         "batch_size": 16,
     },
     "optimizer": {"weight_decay": 1e-2},  # adam and adamw differ in how they decay
+    **{
+        knob: {"hybrid_delta_init": 0.3, "hybrid_delta_final": 0.02, "hybrid_transition_epochs": 3}
+        for knob in SPACES["hybrid"].domains
+    },
+    "hybrid_warmup_epochs": {"max_epochs": 11, "hybrid_delta_init": 0.3},
+    "hybrid_delta_final": {"hybrid_delta_init": 0.3, "hybrid_transition_epochs": 1},
+    **{knob: {"sampling_strength": 8.0} for knob in SPACES["sampling"].domains},
     "saturation_threshold": {"lambda_saturation": 1.0, "coverage_temperature": 1e-2},
     "target_spread": {"lambda_spread": 1.0},
 }
@@ -96,11 +103,11 @@ def differs(left: tuple[list[Tensor], Tensor, Tensor], right: tuple[list[Tensor]
 
 def settings(space: Space, knob: str) -> dict[str, Any]:
     """A config in which the knob is active: every condition on the way to it holds."""
-    config = {**BASE, **BESIDE.get(knob, {})}
+    config = dict(BASE)
     when = space.domains[knob].when
     for parent in when:
         config |= settings(space, parent)
-    return config | {parent: values[0] for parent, values in when.items()}
+    return config | {parent: values[0] for parent, values in when.items()} | BESIDE.get(knob, {})
 
 
 @pytest.mark.parametrize("name, knob", KNOBS_IN_SPACES, ids=[knob for _, knob in KNOBS_IN_SPACES])

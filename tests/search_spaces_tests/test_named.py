@@ -21,8 +21,10 @@ EXPECTED = {
     "model_size",
     "default",
     "guards",
+    "hybrid",
+    "sampling",
 }
-APART = {"guards"}  # asked for by name alone
+APART = {"guards", "hybrid", "sampling"}  # asked for by name alone
 KNOBS_IN_SPACES = [
     (name, knob) for name, space in SPACES.items() if name != "default" for knob in space.domains
 ]
