@@ -150,6 +150,18 @@ OTHER: dict[str, Any] = {
     "tau_finite": 0.6,
     "loss_ramp_epochs": 3,
     "gradient_policy": "project",
+    "hybrid_schedule": "linear",
+    "hybrid_warmup_epochs": 2,
+    "hybrid_transition_epochs": 3,
+    "hybrid_delta_init": 0.6,
+    "hybrid_delta_final": 0.7,
+    "hybrid_adaptive_delta": False,
+    "hybrid_bound": 0.1,
+    "sampling": "near_pole",
+    "sampling_strength": 3.0,
+    "sampling_beta": 0.5,
+    "sampling_memory": 1.0,
+    "sampling_correction": True,
     "output_bound": 0.5,
     "output_bound_form": "hard",
     "lambda_saturation": 1.0,
@@ -166,7 +178,18 @@ OTHER: dict[str, Any] = {
     "numerator_degree": 2,
     "denominator_degree": 3,
 }
+HYBRID: dict[str, Any] = {
+    "fit": "quotient",
+    "hybrid_schedule": "exponential",
+    "hybrid_transition_epochs": 2,
+    "hybrid_delta_init": 0.9,
+    "hybrid_delta_final": 0.5,
+}
+SAMPLED: dict[str, Any] = {"sampling": "near_pole", "sampling_strength": 8.0}
 NEEDS: dict[str, dict[str, Any]] = {
+    **{name: HYBRID for name in KNOBS if name.startswith("hybrid_") and name != "hybrid_schedule"},
+    "hybrid_schedule": {**HYBRID, "hybrid_schedule": "none"},
+    **{name: SAMPLED for name in KNOBS if name.startswith("sampling_")},
     "nesterov": {"optimizer": "sgd", "momentum": 0.9},
     "momentum": {"optimizer": "sgd"},
     "gamma": {"fit": "implicit"},
