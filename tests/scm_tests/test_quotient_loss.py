@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from scm.core import TRTag, tags_of_tuples
+from scm.data import Split
 from scm.losses.quotient import BASES, LARGEST, quotient_loss
+from scm.models import make_model
+from scm.training.companion import Moment
+from scm.training.targets import lift_semantic_targets
+from scm.trial import decode_split, make_trainer
+from scm.trial_config import TrialConfig
 
 F64 = torch.float64
 BIG = 3e38
@@ -310,3 +317,58 @@ def test_the_loss_reaches_every_parameter_of_numerator_and_denominator():
         for parameter in network.parameters():
             assert parameter.grad is not None
             assert bool((parameter.grad != 0).any())
+
+
+def rows_beside_the_pole(gap: float) -> Split:
+    """y = 1/(x - 0.3) for x in [-1, 1], without those that are nearer to the pole than `gap`."""
+    x = torch.linspace(-1, 1, 96)[:, None]
+    x = x[(x[:, 0] - 0.3).abs() > gap]
+    return Split(x, lift_semantic_targets(1 / (x[:, 0] - 0.3), torch.zeros(len(x), dtype=torch.int64)))
+
+
+def trained(config: TrialConfig, seed: int, hybrid_delta: float | None = None) -> tuple[float, list[bool]]:
+    """The mean held-out error of a training on the quotient, and which parameters it changed."""
+
+    class Told:
+        def before_forward(self, moment: Moment) -> None:
+            moment.facts["hybrid_delta"] = hybrid_delta
+
+    train, held_out = rows_beside_the_pole(0.1), rows_beside_the_pole(0.2)
+    trainer = make_trainer(config, seed, lambda: make_model(config, 1), train, None, companions=[Told()])
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.fit()
+    assert trainer.status == "completed"
+    decoded = decode_split(trainer.model, held_out, tau_infer=config.tau_infer)
+    assert not decoded.bottom.any()
+    changed = [bool((a != b).any()) for a, b in zip(before, trainer.model.parameters(), strict=True)]
+    return (decoded.decoded - held_out.targets.Y_n).abs().mean().item(), changed
+
+
+QUOTIENT = TrialConfig(
+    fit="quotient",
+    max_epochs=400,
+    batch_size=96,
+    hidden_width=16,
+    hidden_depth=1,
+    tuple_norm="none",
+    learning_rate=0.03,
+    tau_train_min=1e-2,
+    tau_train_max=1e-2,
+    lambda_rej=1.0,
+    lambda_sign=0.0,
+)
+
+
+def test_a_model_learns_a_pole_from_the_quotient_and_every_parameter_moves():
+    """Held-out y = 1/(x - 0.3), whose mean size is 2, is met to 5 %; no weight stays where it was."""
+    error, changed = trained(QUOTIENT, seed=1)
+    assert error < 0.1
+    assert len(changed) == 4
+    assert all(changed)
+
+
+def test_saturated_gradients_bring_a_pole_across_the_rows_that_block_it():
+    """P and Q linear in x can say 1/(x - 0.3) exactly: masked, the pole stays on its side of the rows."""
+    linear = dataclasses.replace(QUOTIENT, hidden_depth=0)
+    assert trained(linear, seed=1)[0] > 0.2
+    assert trained(linear, seed=1, hybrid_delta=1.0)[0] < 0.02
