@@ -52,17 +52,25 @@ class NearPoleStatistics:
 
     Every denominator counts once. Adding a batch never waits for the device; asking does. Denominators that
     are not finite are counted apart and enter no other number. near: |Q| <= pole_threshold. With
-    `hysteresis`, the changes of its state are counted over the whole training.
+    `hysteresis`, the changes of its state are counted over the whole training. `name` begins the names of
+    its telemetry, and is that of its state in a checkpoint.
 
     Differs from zeroproof 0.1.0: |Q| is recorded, and once; memory does not grow with the training; and an
     epoch's numbers stay until the next epoch begins.
     """
 
-    def __init__(self, *, pole_threshold: float = 0.1, hysteresis: Hysteresis | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        pole_threshold: float = 0.1,
+        hysteresis: Hysteresis | None = None,
+        name: str = "near_pole",
+    ) -> None:
         if not (math.isfinite(pole_threshold) and pole_threshold > 0.0):
             raise ValueError(f"pole_threshold must be finite and > 0, got {pole_threshold=}")
         self.pole_threshold = float(pole_threshold)
         self.hysteresis = hysteresis
+        self.name = name
         self.epoch = -1
         self.batches = 0
         self._closed: deque[Tensor] = deque(maxlen=_KEPT_EPOCHS)
@@ -137,11 +145,12 @@ class NearPoleStatistics:
     def statistics(self) -> dict[str, float]:
         """Return all numbers by name; waits for the device.
 
-        Of the epoch: q_min, q_max, q_mean (NaN without a finite |Q|), total_gradient_calls (denominators),
-        not_finite_count, saturating_activations, mask_real_activations, saturating_ratio, near_pole_count,
-        near_pole_ratio, batches. Of the newest batch: q_min_batch, q_mean_batch, q_median_batch, q_p10,
-        q_p50, q_p90, g_p10, g_p50, g_p90 (g = 1/max(|Q|, 1e-18)), near_pole_ratio_batch. Of the training:
-        policy_flip_count, flip_rate (a batch), saturating_state (0 or 1).
+        Of the epoch (NaN where nothing was recorded): q_min, q_max, q_mean, total_gradient_calls (the
+        denominators), not_finite_count, saturating_activations, mask_real_activations, saturating_ratio,
+        near_pole_count, near_pole_ratio, batches. Of the newest batch: q_min_batch, q_mean_batch,
+        q_median_batch, q_p10, q_p50, q_p90, g_p10, g_p50, g_p90 (g = 1/max(|Q|, 1e-18)),
+        near_pole_ratio_batch. Of the training: policy_flip_count, flip_rate (a batch), saturating_state (0 or
+        1).
         """
         told = torch.cat([self._extremes, self._sums, self._batch]).tolist()
         low, high = told[:2]
@@ -158,9 +167,9 @@ class NearPoleStatistics:
             "not_finite_count": sums["not_finite"],
             "saturating_activations": sums["saturating"],
             "mask_real_activations": sums["masked"],
-            "saturating_ratio": sums["saturating"] / total if total else 0.0,
+            "saturating_ratio": sums["saturating"] / total if total else math.nan,
             "near_pole_count": sums["near"],
-            "near_pole_ratio": sums["near"] / finite if finite else 0.0,
+            "near_pole_ratio": sums["near"] / finite if finite else math.nan,
             "batches": float(self.batches),
             "q_min_batch": batch["min"],
             "q_mean_batch": batch["mean"],
@@ -169,15 +178,22 @@ class NearPoleStatistics:
             **{name: batch[name] for name in ("g_p10", "g_p50", "g_p90")},
             "near_pole_ratio_batch": batch["near_ratio"],
             "policy_flip_count": float(flips),
-            "flip_rate": flips / self._judged if self._judged else 0.0,
+            "flip_rate": flips / self._judged if self._judged else math.nan,
             "saturating_state": float(self._inside),
         }
 
     def telemetry(self) -> dict[str, float]:
-        """Return the numbers of the epoch, and the flip rate, for a row."""
+        """Return <name>_q_min, _q_max, _q_mean, _ratio, _saturating_ratio and _flip_rate, for a row."""
         found = self.statistics()
-        names = ("q_min", "q_max", "q_mean", "near_pole_ratio", "saturating_ratio", "flip_rate")
-        return {name: found[name] for name in names}
+        names = {
+            "q_min": "q_min",
+            "q_max": "q_max",
+            "q_mean": "q_mean",
+            "ratio": "near_pole_ratio",
+            "saturating_ratio": "saturating_ratio",
+            "flip_rate": "flip_rate",
+        }
+        return {f"{self.name}_{short}": found[name] for short, name in names.items()}
 
     def history(self) -> dict[str, list[float]]:
         """Return q_min, q_max, near_pole_count and total_count of the last 1024 epochs that were closed."""

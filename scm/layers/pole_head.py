@@ -1,6 +1,6 @@
 """A small network that scores how near to a pole a rational function is, from features or from x itself.
 
-What it is trained to say is decided in `scm.training.pole_loss`.
+What it should say, and how wrong it is, is decided in `scm.losses.pole`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scm.layers.basis import ChebyshevBasis
+from scm.losses.pole import pole_loss, pole_targets
 
 ACTIVATIONS: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
     {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
@@ -101,6 +102,32 @@ class PoleHead(nn.Module):
         """Map features to probabilities, or to logits where the config does not normalise."""
         logits = self(features)
         return torch.sigmoid(logits) if self.config.normalize_output else logits
+
+    def loss(
+        self,
+        features: Tensor,
+        *,
+        teacher: Tensor | None = None,
+        q_abs: Tensor | None = None,
+        tags: Tensor | None = None,
+        form: str = "bce",
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Return `pole_loss` of the logits against `pole_targets` of the three sources, 0-d.
+
+        Without any source nothing is known of the rows, and the loss is 0.
+        """
+        logits = self(features)
+        targets = pole_targets(
+            logits,
+            teacher=teacher,
+            q_abs=q_abs,
+            tags=tags,
+            teacher_weight=self.config.teacher_weight,
+            proximity_threshold=self.config.proximity_threshold,
+        )
+        normalized = self.config.normalize_output
+        return pole_loss(logits, targets, form=form, normalize_output=normalized, row_weights=row_weights)
 
     def regularisation(self) -> Tensor:
         """weight_decay/2 · the sum of the squares of all weights, biases left out; 0-d."""

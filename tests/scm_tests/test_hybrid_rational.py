@@ -122,7 +122,7 @@ def test_an_epoch_begins_empty_and_the_ones_before_stay_in_the_history():
     assert statistics.statistics()["q_min"] == 3.0
     statistics.begin_epoch(3)
     assert math.isnan(statistics.statistics()["q_min"])
-    assert statistics.telemetry()["near_pole_ratio"] == 0.0
+    assert all(math.isnan(value) for value in statistics.telemetry().values())
     history = statistics.history()
     assert history["q_min"] == [0.05, 3.0]
     assert history["q_max"] == [1.0, 3.0]
@@ -136,12 +136,13 @@ def test_an_epoch_begins_empty_and_the_ones_before_stay_in_the_history():
 
 def test_telemetry_is_plain_numbers_of_the_epoch():
     """Every value is a float that a row can hold."""
-    statistics = NearPoleStatistics()
+    statistics = NearPoleStatistics(name="first_layer")
     statistics.record(tensor([0.05, 1.0]), 0.07)
     told = statistics.telemetry()
-    assert set(told) == {"q_min", "q_max", "q_mean", "near_pole_ratio", "saturating_ratio", "flip_rate"}
+    names = {"q_min", "q_max", "q_mean", "ratio", "saturating_ratio", "flip_rate"}
+    assert set(told) == {f"first_layer_{name}" for name in names}
     assert all(isinstance(value, float) for value in told.values())
-    assert told["saturating_ratio"] == told["near_pole_ratio"] == 0.5
+    assert told["first_layer_saturating_ratio"] == told["first_layer_ratio"] == 0.5
 
 
 def test_flips_are_counted_with_the_hysteresis():
@@ -153,7 +154,7 @@ def test_flips_are_counted_with_the_hysteresis():
         states.append(statistics.statistics()["saturating_state"])
     assert states == [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     assert statistics.statistics()["policy_flip_count"] == 3
-    assert statistics.telemetry()["flip_rate"] == 3 / 7
+    assert statistics.telemetry()["near_pole_flip_rate"] == 3 / 7
 
 
 @settings(max_examples=30)
