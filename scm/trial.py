@@ -17,6 +17,7 @@ from scm.data import Split
 from scm.guards.range import RangeGuard, SaturationGuard
 from scm.guards.spread import SpreadGuard, projective_residual
 from scm.inference.strict import InferenceConfig, strict_inference
+from scm.losses.terms import LossTerms
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.seeding import generator, seed_for, seeded_init
 from scm.training.companion import Companion
@@ -38,7 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _VALIDATION_ROWS = 4096
 
-LossFn = Callable[..., Tensor]
+LossFn = Callable[..., Tensor | LossTerms]
 
 
 def make_optimizer(config: TrialConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from scm.data import Split
+    from scm.losses.terms import LossTerms
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
 
 # As `Task.make_loss` says.
-LossFn = Callable[..., "Tensor"]
+LossFn = Callable[..., "Tensor | LossTerms"]
 
 SPLIT_NAMES: tuple[str, ...] = ("train", "val", "test")
 REQUIRED_METRICS: tuple[str, ...] = ("accepted_error", "charged_error")
