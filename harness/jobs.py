@@ -107,7 +107,8 @@ class JobBoard:
     """Hands out segments and takes in what became of them; every trial ends exactly once, through `on_ended`.
 
     `known` holds row and history of trials that ended in an earlier part of the run: they are taken in when
-    their batch opens, without a segment. `on_ended(trial, replayed)` is called once for every trial.
+    their batch opens, without a segment. `on_ended(trial, replayed)` is called once for every trial;
+    `on_epoch(trial, said)` for every epoch of a worker's report, again where a lost segment is run again.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class JobBoard:
         nan_budget: int = 0,
         retries: int = 0,
         known: Mapping[str, KnownTrial] | None = None,
+        on_epoch: Callable[[TrialSpec, EpochMetrics], None] | None = None,
     ) -> None:
         self._proposer = proposer
         self._on_ended = on_ended
@@ -130,6 +132,7 @@ class JobBoard:
         self._nan_budget = nan_budget
         self._retries = retries
         self._known = dict(known or {})
+        self._on_epoch = on_epoch
         self._trials: dict[str, _Progress] = {}
         self._open: dict[int, dict[str, _Progress]] = {}
         self._ready: list[Segment] = []
@@ -157,6 +160,8 @@ class JobBoard:
         progress = self._trials[segment.trial.trial_id]
         for said in report.epochs:
             progress.epochs[int(said["epoch"])] = dict(said)
+            if self._on_epoch is not None:
+                self._on_epoch(progress.spec, said)
         if report.outcome is None:
             return
         progress.started_at = progress.started_at or report.place.get("started_at")

@@ -15,11 +15,12 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from harness.jobs import EndedTrial
+from harness.jobs import EndedTrial, EpochMetrics, TrialSpec
 
 REDRAW_S = 0.25
 LINE_S = 10.0
 STATUSES = ("completed", "stopped", "diverged", "failed")
+EPOCH_METRICS = ("loss", "val_loss", "coverage", "accepted_error", "charged_error", "step_time_ms")
 
 
 @dataclass(slots=True)
@@ -134,6 +135,34 @@ class Display:
         bar = ProgressBar(total=max(tally.total, 1), completed=tally.done, width=16)
         grid.add_row(self._title, bar, tally.line())
         return grid
+
+
+class EpochLog:
+    """Says how each trial does, one line every so many of its epochs; history is written in any case."""
+
+    def __init__(self, every: int, say: Callable[[str], None]) -> None:
+        self._every = every
+        self._say = say
+
+    def __call__(self, trial: TrialSpec, said: EpochMetrics) -> None:
+        """Say an epoch that is due."""
+        if int(said["epoch"]) % self._every == 0:
+            self._say(epoch_line(trial, said))
+
+
+def epoch_line(trial: TrialSpec, said: EpochMetrics) -> str:
+    """What an epoch said, as one line: where the trial stands, its losses, coverage, errors and step time.
+
+    What was not measured, and is NaN, is left out.
+    """
+    of = trial.config.get("max_epochs", "?")
+    parts = [f"{trial.trial_id} epoch {int(said['epoch'])}/{of}"]
+    parts += [
+        f"{name} {said[name]:.4g}" for name in EPOCH_METRICS if name in said and not math.isnan(said[name])
+    ]
+    if said.get("nan_count"):
+        parts.append(f"{int(said['nan_count'])} non-finite")
+    return ", ".join(parts)
 
 
 def format_seconds(seconds: float) -> str:

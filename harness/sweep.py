@@ -14,7 +14,7 @@ from harness.errors import EXIT_RUN_FOLDER, UserError
 from harness.halving import RungBoard
 from harness.jobs import EndedTrial, JobBoard, Segment, TrialSpec
 from harness.plan import Plan
-from harness.progress import Display, Tally
+from harness.progress import Display, EpochLog, Tally
 from harness.proposals import SearchProposer
 from harness.run_folder import (
     WrittenTrial,
@@ -39,9 +39,16 @@ class SweepResult:
     interrupted: bool
 
 
-def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = False) -> SweepResult:
+def run_sweep(
+    plan: Plan,
+    out: Path,
+    address: str | None = None,
+    resume: bool = False,
+    log_every: int | None = None,
+) -> SweepResult:
     """Run a plan into a run folder; with `resume`, only the trials that the folder does not hold yet.
 
+    With `log_every`, each trial also says how it does every so many of its epochs, on stderr.
     Raises UserError, before anything is written, where the folder, the data, the device or the address do not
     allow it. Trials that fail do not raise: they are rows.
     """
@@ -64,8 +71,9 @@ def run_sweep(plan: Plan, out: Path, address: str | None = None, resume: bool = 
         stack.callback(sink.close)
         configs = plan.search.configs + plan.search.with_defaults
         tally = Tally(configs * len(plan.seeds), plan.seeds)
-        board = make_board(plan, proposer, sink, tally, written)
         display = stack.enter_context(Display(tally, sys.stderr, title=out.name))
+        on_epoch = None if log_every is None else EpochLog(log_every, display.say)
+        board = make_board(plan, proposer, sink, tally, written, on_epoch=on_epoch)
 
         from harness.segments import Parcel
         from harness.tune_bridge import run_segments
@@ -123,6 +131,8 @@ def make_board(
     sink: RunSink,
     tally: Tally,
     written: Mapping[str, WrittenTrial],
+    *,
+    on_epoch: EpochLog | None = None,
 ) -> JobBoard:
     """The board of a plan: rows go to the sink; trials that were written before are taken in as they are."""
 
@@ -141,6 +151,7 @@ def make_board(
         nan_budget=plan.ranking.nan_budget,
         retries=plan.resources.retries,
         known={trial_id: (trial.row, trial.history) for trial_id, trial in written.items()},
+        on_epoch=on_epoch,
     )
 
 

@@ -24,6 +24,13 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)", EXIT_BAD_INPUT)
 
 
+def parse_count(text: str) -> int:
+    """How many of something: a positive number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return int(text)
+
+
 def parse_top(text: str) -> int | None:
     """How many configs to print: a positive number, or all (None)."""
     if text == "all":

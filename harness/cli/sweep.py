@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.cli.arguments import TOP, CommandParser, parse_top
+from harness.cli.arguments import TOP, CommandParser, parse_count, parse_top
 from harness.errors import EXIT_INTERRUPTED
 
 
@@ -28,6 +28,13 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--top", type=parse_top, default=TOP, metavar="N", help=f"configs to print, or all (default {TOP})"
     )
+    parser.add_argument(
+        "--log-every",
+        type=parse_count,
+        metavar="N",
+        help="also print how each trial does, every N of its epochs (default: only how the sweep does; "
+        "the history of every epoch is in the run folder)",
+    )
     return parser
 
 
@@ -42,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
     from harness.sweep import run_sweep
 
-    result = run_sweep(plan, out, address=options.address, resume=options.resume)
+    result = run_sweep(plan, out, address=options.address, resume=options.resume, log_every=options.log_every)
     if result.interrupted:
         again = f"scm-harness sweep {options.plan} --out {out} --resume"
         print(f"interrupted: {result.rows} rows kept in {out}; go on with: {again}", file=sys.stderr)

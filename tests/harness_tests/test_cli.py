@@ -230,6 +230,13 @@ def test_a_wrong_number_of_configs_to_print(top: str, capsys: pytest.CaptureFixt
     assert "must be a positive number or all" in one_error(capsys)
 
 
+@pytest.mark.parametrize("every", ["0", "-1", "all", "1.5"])
+def test_a_wrong_number_of_epochs_between_lines(every: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused before anything runs."""
+    assert main(["sweep", "plan.yaml", f"--log-every={every}"]) == EXIT_BAD_INPUT
+    assert "--log-every: must be a positive number, got" in one_error(capsys)
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"run_id"'])
 def test_a_run_that_lost_its_identity(text: str | None, tmp_path: Path) -> None:
     """A missing or damaged provenance file is one line and exit code 4."""

@@ -124,6 +124,22 @@ def summary(ended: Mapping[str, EndedTrial]) -> dict[str, tuple[str, int, tuple[
 WORTHS = [[0.5, 0.1, 0.9, 0.3], [0.2, 0.8], [0.7, 0.6, 0.4]]
 
 
+def test_every_reported_epoch_is_told_once() -> None:
+    """In the order of a trial's epochs, across rungs; epochs of an earlier part of the run are not."""
+    told: list[tuple[str, int]] = []
+    board = JobBoard(
+        ListProposer([[0.1, 0.2]], seeds=(0,)),
+        on_ended=lambda one, replayed: None,
+        failed=lambda trial, error: {},
+        rungs=RungBoard([2], eta=2),
+        known={"c01-s0": ({"status": "completed", "epochs": 9}, {9: {"epoch": 9.0, "val_loss": 0.2}})},
+        on_epoch=lambda trial, said: told.append((trial.trial_id, int(said["epoch"]))),
+    )
+    while (segment := board.next_segment()) is not None:
+        board.reported(segment, train(segment))
+    assert told == [("c00-s0", epoch) for epoch in range(1, MAX_EPOCHS + 1)]
+
+
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("halving", [True, False])
 def test_results_do_not_depend_on_workers_or_order(halving: bool, waits: bool) -> None:

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from harness.jobs import EndedTrial, TrialSpec
-from harness.progress import LINE_S, Display, Tally
+from harness.progress import LINE_S, Display, EpochLog, Tally
 
 
 class Clock:
@@ -95,3 +95,26 @@ def test_a_live_view_on_a_terminal() -> None:
         assert "\x1b[" in stream.getvalue()
         assert "1 diverged" in stream.getvalue()
     assert stream.getvalue().rstrip().endswith("run: 1/2 trials, 0 running, 1 diverged")
+
+
+def test_a_line_every_so_many_epochs_of_a_trial() -> None:
+    """Counted by the trial's own epochs; what was not measured is left out, non-finite values are not."""
+    said: list[str] = []
+    log = EpochLog(2, said.append)
+    trial = TrialSpec("a-s0", "a", 0, 0, {"max_epochs": 5})
+    for epoch in range(1, 6):
+        log(
+            trial,
+            {
+                "epoch": float(epoch),
+                "loss": 1 / epoch,
+                "val_loss": float("nan"),
+                "coverage": 0.9,
+                "charged_error": float("inf"),
+                "nan_count": float(epoch > 3),
+            },
+        )
+    assert said == [
+        "a-s0 epoch 2/5, loss 0.5, coverage 0.9, charged_error inf",
+        "a-s0 epoch 4/5, loss 0.25, coverage 0.9, charged_error inf, 1 non-finite",
+    ]

@@ -79,10 +79,12 @@ def test_a_sweep_from_the_command_line(
 ) -> None:
     """Every trial is a row with every column, its history is there, the ranking is printed and written."""
     plan, out = write_plan(), tmp_path / "runs" / "out"
-    assert main(["sweep", str(plan), "--out", str(out), "--top", "2"]) == EXIT_OK
+    assert main(["sweep", str(plan), "--out", str(out), "--top", "2", "--log-every", "2"]) == EXIT_OK
     said = capsys.readouterr()
     assert said.out.startswith("4 configs")
     assert "8/8 trials" in said.err
+    for epoch, times in ((1, 0), (2, 8), (3, 0), (4, 8)):
+        assert said.err.count(f" epoch {epoch}/4, loss ") == times
     rows = read_rows(out)
     assert len(rows) == 8
     assert missing_columns(rows) == []
