@@ -10,13 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.training.hybrid_schedule import (
     HybridGradientSchedule,
     HybridScheduleCompanion,
     SaturationHysteresis,
     widened_delta,
 )
+from scm.training.loader import TensorBatches
+from scm.training.objective import ProjectiveObjective
+from scm.training.targets import lift_sentinel_targets
+from scm.training.trainer import SCMTrainer, TrainingConfig
 
 INF, NAN = math.inf, math.nan
 radii = st.floats(1e-8, 1.0)
@@ -307,3 +313,77 @@ def test_the_step_path_never_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert companion.telemetry()["hybrid_q_min"] == pytest.approx(float(q.min()))
+
+
+# --- in a training ----------------------------------------------------------------------------------
+
+
+class Tuple(nn.Module):
+    """Four rows of the same P = 1, each with its own Q as a weight."""
+
+    def __init__(self, q: list[float]) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.tensor(q, dtype=torch.float64))
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(self.q), self.q
+
+
+def trained(schedule_: HybridGradientSchedule | None, *, epochs: int = 1, **more: Any) -> SCMTrainer:
+    """Train Q = 1e-3, -1e-3, 0.5 and -0.5 towards P/Q = 2 by the quotient alone, at a threshold of 0.01."""
+    model = Tuple([1e-3, -1e-3, 0.5, -0.5])
+    nothing = LossConfig(lambda_margin=0.0, lambda_sign=0.0, lambda_rej=0.0)
+    data = TensorBatches(
+        torch.arange(4), lift_sentinel_targets(torch.full((4,), 2.0, dtype=torch.float64)), 4
+    )
+    companions = [] if schedule_ is None else [HybridScheduleCompanion(schedule_, **more)]
+    trainer = SCMTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        ProjectiveObjective(SCMTrainingLoss(nothing), fit="quotient"),
+        data,
+        config=TrainingConfig(
+            max_epochs=epochs, tau_train_min=0.01, tau_train_max=0.01, coverage_threshold=0.0
+        ),
+        companions=companions,
+    )
+    trainer.fit()
+    return trainer
+
+
+def moved(trainer: SCMTrainer) -> list[bool]:
+    """Which of the four denominators have moved."""
+    begun = torch.tensor([1e-3, -1e-3, 0.5, -0.5], dtype=torch.float64)
+    return (trainer.model.q.detach() != begun).tolist()
+
+
+def test_the_schedule_reaches_the_gradients():
+    """Rows at the pole are masked without it and move with it; those away from poles train alike."""
+    plain = trained(None)
+    hybrid = trained(schedule(delta_init=0.05, delta_final=0.05))
+    assert moved(plain) == [False, False, False, True]  # 1 / 0.5 is right already
+    assert moved(hybrid) == [True, True, False, True]
+    assert hybrid.model.q[3] == plain.model.q[3]
+    said = hybrid.telemetry()
+    assert said["hybrid_saturated_share"] == 0.5
+    assert said["near_pole_share"] == 0.5
+    assert said["hybrid_q_min"] == pytest.approx(1e-3)
+
+
+def test_while_it_warms_up_a_training_is_one_without_it():
+    """Masked poles train as they do where nobody asked for a schedule; what follows differs."""
+    short = trained(schedule(warmup_epochs=2, delta_init=0.05), epochs=2)
+    assert torch.equal(short.model.q, trained(None, epochs=2).model.q)
+    longer = trained(schedule(warmup_epochs=2, delta_init=0.05), epochs=3)
+    assert moved(longer)[:2] == [True, True]
+
+
+def test_a_hysteresis_that_is_never_entered_is_a_training_without_the_schedule():
+    """A radius that holds nothing masks poles as no radius does."""
+    far = SaturationHysteresis(q_on=1e-9, q_off=1e-8)
+    held = trained(schedule(delta_init=0.05), epochs=3, hysteresis=far)
+    assert torch.equal(held.model.q, trained(None, epochs=3).model.q)
+    entered = trained(
+        schedule(delta_init=0.05), epochs=3, hysteresis=SaturationHysteresis(q_on=0.1, q_off=0.2)
+    )
+    assert moved(entered)[:2] == [True, True]
