@@ -27,7 +27,9 @@ from scm.training.hybrid_schedule import HybridGradientSchedule, HybridScheduleC
 from scm.training.loader import TensorBatches
 from scm.training.near_pole import NearPoleBatches, NearPoleFeedback
 from scm.training.objective import FitLoss, ProjectiveObjective
+from scm.training.pole_loss import PoleLossTerm
 from scm.training.sampler import AdaptiveSamplerConfig
+from scm.training.tag_loss import TagLossTerm
 from scm.training.trainer import SCMTrainer
 from scm.trial_config import TrialConfig
 
@@ -185,6 +187,18 @@ def _spread_guard(config: TrialConfig, around: Around) -> Companion | None:
     return SpreadGuard(config.lambda_spread, config.target_spread, difficulty=projective_residual)
 
 
+def _tag_loss(config: TrialConfig, around: Around) -> Companion | None:
+    if config.lambda_tag == 0:
+        return None
+    return TagLossTerm(config.lambda_tag, labels=config.tag_labels, adaptive=config.tag_adaptive)
+
+
+def _pole_loss(config: TrialConfig, around: Around) -> Companion | None:
+    if config.lambda_pole == 0:
+        return None
+    return PoleLossTerm(config.lambda_pole, proximity_threshold=config.pole_threshold)
+
+
 def _hybrid_schedule(config: TrialConfig, around: Around) -> Companion | None:
     if config.hybrid_schedule == "none" or config.fit != "quotient":
         return None
@@ -213,6 +227,8 @@ _COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {
     "range": _range_guard,
     "saturation": _saturation_guard,
     "spread": _spread_guard,
+    "tag": _tag_loss,
+    "pole": _pole_loss,
     "hybrid": _hybrid_schedule,
     "sampling": _near_pole_feedback,
 }
@@ -267,6 +283,8 @@ def make_trainer(
         scheduler_cadence="per_epoch",
         clip_norm=config.clip_norm,
         nonfinite_budget=config.nonfinite_budget,
+        finite_action=config.finite_action,
+        finite_streak=None if config.finite_action == "skip_step" else config.finite_streak,
         seed=seed,
         restore_best=config.restore_best,
     )

@@ -125,6 +125,10 @@ class TrialConfig:
     coverage_threshold: float = _knob(0.0, _SHARE)
     coverage_patience: int = _knob(3, _AT_LEAST_ONE)
     nonfinite_budget: int = _knob(10, _NOT_NEGATIVE)
+    finite_action: str = _knob("skip_step", choices=("skip_step", "skip_micro_batch", "roll_back", "stop"))
+    finite_streak: int | None = _knob(
+        None, _AT_LEAST_ONE, finite_action=("skip_micro_batch", "roll_back", "stop")
+    )
     restore_best: bool = _knob(False)
 
     hybrid_schedule: str = _knob(
@@ -149,16 +153,22 @@ class TrialConfig:
     saturation_threshold: float = _knob(5.0, _NOT_NEGATIVE, lambda_saturation=POSITIVE)
     lambda_spread: float = _knob(0.0, _NOT_NEGATIVE)
     target_spread: float = _knob(0.5, _NOT_NEGATIVE, lambda_spread=POSITIVE)
+    lambda_tag: float = _knob(0.0, _NOT_NEGATIVE)
+    tag_labels: str = _knob("data", choices=("model", "data"), lambda_tag=POSITIVE)
+    tag_adaptive: bool = _knob(False, lambda_tag=POSITIVE)
+    lambda_pole: float = _knob(0.0, _NOT_NEGATIVE)
+    pole_threshold: float = _knob(0.1, _POSITIVE, lambda_pole=POSITIVE)
 
-    head: str = _knob("pattern", choices=("pattern", "multihead", "angular"))
+    head: str = _knob("pattern", choices=("pattern", "multihead", "angular", "tr_rational"))
     hidden_width: int = _knob(64, _AT_LEAST_ONE)
     hidden_depth: int = _knob(2, _NOT_NEGATIVE)
-    tuple_norm: str = _knob("unit", choices=("unit", "none"), head=("pattern", "multihead"))
+    tuple_norm: str = _knob("unit", choices=("unit", "none"), head=("pattern", "multihead", "tr_rational"))
     q_anchor: str = _knob("none", choices=("none", "ones"), head=("multihead",))
     q_param: str = _knob("none", choices=("none", "softplus"), head=("multihead",))
     q_min: float = _knob(0.0, _NOT_NEGATIVE, head=("multihead",), q_param=("softplus",))
-    numerator_degree: int = _knob(3, _NOT_NEGATIVE, head=("multihead",))
-    denominator_degree: int = _knob(2, _AT_LEAST_ONE, head=("multihead",))
+    numerator_degree: int = _knob(3, _NOT_NEGATIVE, head=("multihead", "tr_rational"))
+    denominator_degree: int = _knob(2, _AT_LEAST_ONE, head=("multihead", "tr_rational"))
+    basis: str = _knob("monomial", choices=("monomial", "chebyshev"), head=("multihead", "tr_rational"))
 
     def __post_init__(self) -> None:
         for name, knob in KNOBS.items():
