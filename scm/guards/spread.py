@@ -80,7 +80,7 @@ def pairwise_spread(values: Tensor, mask: Tensor | None = None) -> Tensor:
     # The sum of all distances, from the sorted values: each counts once for every value below it, and minus
     # once for every one above.
     distances = ((2 * rank - (count - 1)).to(values.dtype) * ordered).sum()
-    return distances * (math.sqrt(math.pi) / pairs)
+    return distances * math.sqrt(math.pi) / pairs
 
 
 def relevance(values: Tensor, difficulty: Tensor) -> Tensor:

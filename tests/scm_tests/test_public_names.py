@@ -33,6 +33,8 @@ NAMES: dict[str, str] = {
     "scm.layers.scm_rational": "SCMRationalLayer MonomialBasis ChebyshevBasis",
     "scm.layers.normalization": "SCMNorm SCMSoftmax",
     "scm.layers.angular_projective": "AngularProjectiveHead",
+    "scm.guards": "stablemax log_stablemax WeightedStablemaxLoss FocalWeightedStablemaxLoss bound "
+    "saturation_penalty spread_loss SparsityRegularization RangeGuard SaturationGuard SpreadGuard",
     "scm.inference": "strict_inference InferenceConfig SCMInferenceWrapper decode_strict_censored_3way "
     "calibrate",
     "scm.metrics": "tau_infer_sweep_from_q_abs",
