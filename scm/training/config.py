@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scm.autodiff.policies import GradientPolicy
+from scm.guards.finite import check_finite_action
 
 if TYPE_CHECKING:
     from scm.training.curriculum import LossWeightsCurriculum
@@ -32,6 +33,11 @@ class TrainingConfig:
         come from a generator seeded with 0, the model draws from the global generators.
     restore_best: when the training ends, put back the weights of the epoch with the lowest val_loss.
     log_interval: `log_hook` gets every that many-th micro-batch.
+    finite_action: what is done about a non-finite loss or gradient, see `scm.guards.finite.FINITE_ACTIONS`.
+        Under skip_micro_batch the budget counts micro-batches. roll_back keeps a copy of weights and
+        optimizer state, made every `snapshot_steps` good steps.
+    finite_streak: how many such steps (or micro-batches) in a row are too many: roll_back returns then, the
+        others end the training. None: 3 under roll_back, 1 under stop, no limit otherwise.
     accumulation_weighting: "samples" weighs each micro-batch of a group by its rows, so that the gradient is
         that of the mean over the group's rows; "micro_batches" weighs them alike, as the peer does.
 
@@ -64,10 +70,17 @@ class TrainingConfig:
     restore_best: bool = False
     log_interval: int = 1
     accumulation_weighting: str = "samples"
+    finite_action: str = "skip_step"
+    finite_streak: int | None = None
+    snapshot_steps: int = 50
 
     def __post_init__(self) -> None:
         for name in ("max_epochs", "gradient_accumulation_steps", "coverage_patience", "log_interval"):
             _check_count(name, getattr(self, name), least=1)
+        _check_count("snapshot_steps", self.snapshot_steps, least=1)
+        if self.finite_streak is not None:
+            _check_count("finite_streak", self.finite_streak, least=1)
+        check_finite_action(self.finite_action)
         _check_count("nonfinite_budget", self.nonfinite_budget, least=0)
         for name in ("mixed_precision", "allow_bottom_unreachable", "restore_best"):
             _check_bool(name, getattr(self, name))
@@ -148,6 +161,9 @@ class TrainingConfig:
             "scheduler_cadence": self.scheduler_cadence,
             "clip_norm": self.clip_norm,
             "nonfinite_budget": self.nonfinite_budget,
+            "finite_action": self.finite_action,
+            "finite_streak": self.finite_streak,
+            "snapshot_steps": self.snapshot_steps if self.finite_action == "roll_back" else None,
             "seed": self.seed,
             "restore_best": self.restore_best,
             "validates": self.val_loader is not None,

@@ -10,7 +10,7 @@ keeps their state untouched.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +31,12 @@ class StepGuard:
         clip_norm: float | None,
         scaler: torch.amp.GradScaler | None,
         host_must_know: bool,
+        before_step: Callable[[], None] | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._clip_norm = clip_norm
         self._scaler = scaler
+        self._before_step = before_step
         self._found = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
         self._bad_loss = torch.zeros((), device=device)
@@ -58,10 +60,12 @@ class StepGuard:
         self._bad_loss += (~torch.isfinite(loss.detach())).to(self._bad_loss.dtype)
         return True
 
-    def step(self, parameters: Sequence[Tensor], weight: float) -> bool | None:
+    def step(self, parameters: Sequence[Tensor], weight: float | Tensor) -> bool | None:
         """Take one optimizer step on the gradients divided by `weight`, unless they or a loss are not finite.
 
-        Returns whether the step was taken; None where only the device knows.
+        weight: a 0-d tensor where only the device knows what the group weighs; of a group that weighs 0 no
+        step is taken, and none is counted as skipped. `before_step` is called when a step is to be taken and
+        the host knows it. Returns whether the step was taken; None where only the device knows.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self._scaler is not None and gradients:
@@ -70,11 +74,13 @@ class StepGuard:
         if self._clip_norm is not None and gradients:
             clip_by_norm(gradients, self._clip_norm)
         if self.waits:
-            return self._waiting_step()
+            return self._waiting_step(weight)
         found_loss = (self._bad_loss > 0).to(torch.int64)
         found_any = torch.maximum(self._found, self._bad_loss).clamp(max=1.0)
         self._skips["loss"] += found_loss
         self._skips["gradient"] += (found_any > 0).to(torch.int64) - found_loss
+        if isinstance(weight, Tensor):
+            found_any = torch.maximum(found_any, (weight <= 0).to(found_any.dtype))
         self._optimizer.found_inf = found_any  # type: ignore[attr-defined]
         try:
             self._optimizer.step()
@@ -83,26 +89,34 @@ class StepGuard:
         self._bad_loss.zero_()
         return None
 
-    def _check(self, gradients: Iterable[Tensor], weight: float) -> None:
+    def _check(self, gradients: Iterable[Tensor], weight: float | Tensor) -> None:
         """Raise the flag at the first gradient that is not finite, and divide all of them by `weight`."""
         self._found.zero_()
         groups = by_kind(gradients)
         flag_non_finite(groups, self._found, self._one)
-        if weight != 1.0:  # not by the check's kernel: it multiplies in float32, which float64 would feel
+        # Not by the check's kernel: it multiplies in float32, which float64 would feel.
+        if isinstance(weight, Tensor):
+            for group in groups:
+                torch._foreach_div_(group, weight.to(group[0]))
+        elif weight != 1.0:
             for group in groups:
                 torch._foreach_div_(group, weight)
 
-    def _waiting_step(self) -> bool:
+    def _waiting_step(self, weight: float | Tensor) -> bool:
+        if isinstance(weight, Tensor) and not bool(weight > 0):
+            return False
         bad_loss = bool(self._bad_loss)
         if bad_loss:
             self._bad_loss.zero_()
         if bad_loss or bool(self._found):
             self._host_skips["loss" if bad_loss else "gradient"] += 1
             return False
+        if self._before_step is not None:
+            self._before_step()
         self._optimizer.step()
         return True
 
-    def _scaled_step(self, gradients: Sequence[Tensor], weight: float) -> bool:
+    def _scaled_step(self, gradients: Sequence[Tensor], weight: float | Tensor) -> bool:
         """The step under a GradScaler: a scale that was too large is no fault of the model.
 
         Such a step is left out as well, but counted in `scale_skips`; only at a scale of 1 or less does a
@@ -117,6 +131,8 @@ class StepGuard:
         self._bad_loss.zero_()
         taken = not (bad_loss or bad_gradient)
         if taken:
+            if self._before_step is not None:
+                self._before_step()
             self._scaler.step(self._optimizer)
         elif bad_loss:
             self._host_skips["loss"] += 1
@@ -132,6 +148,13 @@ class StepGuard:
         if self.waits:
             return dict(self._host_skips)
         return {kind: self._host_skips[kind] + int(self._skips[kind]) for kind in SKIP_KINDS}
+
+    def wait_from_now_on(self) -> None:
+        """Let the host know of every refused step at once: one read of the flag a step."""
+        self._host_skips = self.skips()
+        for count in self._skips.values():
+            count.zero_()
+        self.waits = True
 
     def known_skips(self) -> int:
         """Return how many skipped steps the host knows of, without waiting."""

@@ -7,6 +7,7 @@ checkpoint keeps in `resume`.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -27,6 +28,8 @@ from scm.autodiff.policies import (
     scaled_gradients,
 )
 from scm.gradients import count_non_finite
+from scm.guards.finite import FiniteWatch, MicroBatchGate, Snapshot, untouched
+from scm.guards.origin import find_origin
 from scm.losses.terms import LossTerms
 from scm.seeding import generator
 from scm.training.apart import backward_apart
@@ -98,7 +101,9 @@ class SCMTrainer:
         self.controllers: dict[str, Any] = {}  # by name; anything with state_dict and load_state_dict
         if hasattr(loss_fn, "state_dict") and hasattr(loss_fn, "load_state_dict"):
             self.controllers["loss_fn"] = loss_fn
-        self._companions = Companions(companions)
+        self._watch = self._make_watch()
+        watching: list[Any] = [] if self._watch is None else [self._watch]
+        self._companions = Companions([*watching, *companions])  # the watch first: it sees raw outputs
         for name, held in self._companions.stateful().items():
             if name in self.controllers:
                 raise ValueError(f"a companion must have a name of its own, got name={name!r}, the loss's")
@@ -114,18 +119,39 @@ class SCMTrainer:
         self.amp_dtype = self._amp_dtype()
         scaled = self.amp_dtype is torch.float16
         self.scaler = torch.amp.GradScaler("cuda") if scaled else None
+        self._gate, self._snapshot = self._make_gate(optimizer)
         follows_steps = self.scheduler is not None and self.config.scheduler_cadence == "per_optimizer_update"
         self._guard = StepGuard(
             optimizer,
             self.device,
             clip_norm=self.config.clip_norm,
             scaler=self.scaler,
-            host_must_know=follows_steps,
+            host_must_know=follows_steps or (self._watch is not None and self._watch.limit is not None),
+            before_step=None if self._snapshot is None else self._snapshot.before_good_step,
         )
         self._random = OwnRandomState(self.config.seed, self.device)
         self._tau_generator = generator(self.config.seed or 0, "tau")
         self._clock = StepClock(self.device)
         self._begin_history()
+
+    def _make_watch(self) -> FiniteWatch | None:
+        """What counts and limits non-finite steps beside the budget; None where nothing else is asked for."""
+        action, streak = self.config.finite_action, self.config.finite_streak
+        return None if action == "skip_step" and streak is None else FiniteWatch(action, streak=streak)
+
+    def _make_gate(self, optimizer: torch.optim.Optimizer) -> tuple[MicroBatchGate | None, Snapshot | None]:
+        if self._watch is None:
+            return None, None
+        if self.config.finite_action == "skip_micro_batch":
+            if self.scaler is not None:
+                raise ValueError(
+                    "finite_action='skip_micro_batch' needs amp_dtype=torch.bfloat16 or no mixed precision: "
+                    "the scale of float16 gradients learns from steps that overflow"
+                )
+            self._watch.gate = MicroBatchGate(self.device, waits=self._watch.limit is not None)
+        if self.config.finite_action == "roll_back":
+            self._watch.snapshot = Snapshot(self.model, optimizer, every=self.config.snapshot_steps)
+        return self._watch.gate, self._watch.snapshot
 
     def _check_learning_rate(self) -> None:
         """Say that a learning rate in the config is not the one that trains, where they differ."""
@@ -162,6 +188,9 @@ class SCMTrainer:
         self._group_count = 0
         self._group_rows = 0  # of the group's first micro-batch
         self._group_weight = 0.0
+        self._group: list[
+            tuple[Fed, dict[str, Any]]
+        ] = []  # kept until a bad one has shown where it comes from
         self._parameters: list[Tensor] = []
         self._epoch_facts: dict[str, Any] | None = None  # of the epoch under way, with what companions put in
 
@@ -335,40 +364,71 @@ class SCMTrainer:
 
     def _forward_backward(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
         if self._companions.in_steps:
-            return self._accompanied(fed, dict(facts))
+            return self._accompanied(fed, facts)
         outputs = self._forward(fed.inputs)
         loss = _scalar(self._loss(outputs, fed, facts))
-        weight = self._join_group(fed)
+        weight = self._join_group(fed, facts)
         if self._guard.watch_loss(loss) and loss.requires_grad:
             self._backward(loss, weight)
         return loss, outputs
 
     def _accompanied(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
         """`_forward_backward` with the companions' moments in between."""
-        companions = self._companions
-        moment = Moment(self.model, fed, facts)
-        for meet in companions.before_forward:
-            meet(moment)
-        outputs = moment.outputs = self._forward(fed.inputs)
-        for meet in companions.after_forward:
-            meet(moment)
-        moment.terms = self._terms(self._loss_terms(moment.outputs, fed, moment.facts))
-        for meet in companions.after_loss:
-            meet(moment)
+        moment, outputs = self._met(fed, dict(facts), self._loss_terms)
+        assert moment.terms is not None
         loss = _scalar(moment.terms.total())
-        weight = self._join_group(fed)
-        if self._guard.watch_loss(loss) and loss.requires_grad:
-            auxiliary = moment.terms.auxiliaries
-            if companions.auxiliary_factor is not None and auxiliary:
-                seed = torch.full_like(loss, weight)
-                if self.scaler is not None:
-                    seed = self.scaler.scale(seed)
-                backward_apart(moment.terms, self._parameters, seed, companions.auxiliary_factor)
-            else:
-                self._backward(loss, weight)
-        for meet in companions.after_backward:
+        before = self._group_weight
+        weight = self._join_group(fed, facts)
+        if self._gate is not None:
+            self._through_gate(self._gate, moment.terms, loss, weight, before)
+        elif self._guard.watch_loss(loss) and loss.requires_grad:
+            self._backward_terms(moment.terms, loss, weight)
+        for meet in self._companions.after_backward:
             meet(moment)
         return loss, outputs
+
+    def _met(self, fed: Fed, facts: dict[str, Any], loss: LossCall) -> tuple[Moment, Any]:
+        """Run model and loss with the companions' moments; also return the outputs as the model gave them."""
+        moment = Moment(self.model, fed, facts)
+        for meet in self._companions.before_forward:
+            meet(moment)
+        outputs = moment.outputs = self._forward(fed.inputs)
+        for meet in self._companions.after_forward:
+            meet(moment)
+        moment.terms = self._terms(loss(moment.outputs, fed, moment.facts))
+        for meet in self._companions.after_loss:
+            meet(moment)
+        return moment, outputs
+
+    def _backward_terms(self, terms: LossTerms, loss: Tensor, weight: float) -> None:
+        factor = self._companions.auxiliary_factor
+        if factor is None or not terms.auxiliaries:
+            self._backward(loss, weight)
+            return
+        seed = torch.full_like(loss, weight)
+        if self.scaler is not None:
+            seed = self.scaler.scale(seed)
+        backward_apart(terms, self._parameters, seed, factor)
+
+    def _through_gate(
+        self, gate: MicroBatchGate, terms: LossTerms, loss: Tensor, weight: float, weight_before: float
+    ) -> None:
+        """The backward pass where a bad micro-batch is left out of its group; see `MicroBatchGate`."""
+        assert self._watch is not None
+        if not loss.requires_grad:
+            return
+        good = gate.join(loss, self._parameters, lambda: self._backward_terms(terms, loss, weight), weight)
+        if good is None:
+            return
+        if not good:
+            self._group_weight = weight_before
+            self._diagnose(self._group[-1:])
+        in_a_row = self._watch.note(not good)
+        dropped = gate.known_drops()
+        if in_a_row:
+            self._diverge(f"{self._watch.streak} micro-batches in a row had a non-finite loss or gradient")
+        elif dropped > self.config.nonfinite_budget:
+            self._diverge(f"{dropped} micro-batches had a non-finite loss or gradient")
 
     def _terms(self, loss: Any) -> LossTerms:
         if isinstance(loss, LossTerms):
@@ -381,8 +441,10 @@ class SCMTrainer:
             )
         return LossTerms(_scalar(loss))
 
-    def _join_group(self, fed: Fed) -> float:
+    def _join_group(self, fed: Fed, facts: dict[str, Any]) -> float:
         """Count the micro-batch into the group under way; return what it weighs there."""
+        if not self.nan_origin:
+            self._group.append((fed, dict(facts)))
         by_rows = self.config.accumulation_weighting == "samples"
         self._group_rows = self._group_rows or fed.rows
         # Relative to the first micro-batch, so that groups of equal ones are plain sums, as without weights.
@@ -409,16 +471,65 @@ class SCMTrainer:
 
     def _step(self) -> bool | None:
         """End the group: take its optimizer step, or refuse it. None: only the device knows."""
-        taken = self._guard.step(self._parameters, self._group_weight)
+        # Besides bad steps, those at a scale that was too large and groups that were left out are not taken.
+        bad_before = -1 if self.scaler is None and self._gate is None else self._guard.known_skips()
+        weight = self._group_weight if self._gate is None else self._gate.end_group(self._group_weight)
+        left_out = not isinstance(weight, Tensor) and weight == 0.0
+        taken = False if left_out else self._guard.step(self._parameters, weight)
+        bad = taken is False and self._guard.known_skips() > bad_before
+        if bad:
+            self._diagnose(self._group)
+        self._group.clear()
         self._clear_gradients()
         self._group_count, self._group_rows, self._group_weight = 0, 0, 0.0
         if taken is not False:
             self.optimizer_steps += 1
             if self.config.scheduler_cadence == "per_optimizer_update" and self.scheduler is not None:
                 self.scheduler.step()
-        elif self._guard.known_skips() > self.config.nonfinite_budget:
+        elif bad and self._guard.known_skips() > self.config.nonfinite_budget:
             self._diverge(f"{self._guard.known_skips()} steps had a non-finite loss or gradient")
+        if self._watch is not None:
+            self._after_watched_step(self._watch, taken, bad)
         return taken
+
+    def _after_watched_step(self, watch: FiniteWatch, taken: bool | None, bad: bool) -> None:
+        watch.skipped_steps += taken is False
+        if self._gate is not None or (taken is False and not bad):
+            return
+        if not watch.note(bad):
+            return
+        if watch.snapshot is not None:
+            watch.roll_back()
+        elif self.status == "running":
+            steps = f"{watch.streak} steps in a row" if watch.streak > 1 else "a step"
+            self._diverge(f"{steps} had a non-finite loss or gradient")
+
+    def _diagnose(self, group: Sequence[tuple[Fed, dict[str, Any]]]) -> None:
+        """Say once where the first non-finite loss or gradient came from, and leave no trace of looking."""
+        if self.nan_origin:
+            return
+        terms = LossCall(in_terms(self._loss.function))
+        policy = self.config.gradient_policy
+        states = {name: copy.deepcopy(held.state_dict()) for name, held in self.controllers.items()}
+        with unmoved_random_state(self.device), untouched(self.model, self.device):
+            for fed, facts in group:
+
+                def again(fed: Fed = fed, facts: dict[str, Any] = facts) -> LossTerms:
+                    moment, _ = self._met(fed, dict(facts), terms)
+                    assert moment.terms is not None
+                    return moment.terms
+
+                with (
+                    nullcontext()
+                    if policy is None
+                    else gradient_policy(GradientPolicy(policy), tau=facts["tau"])
+                ):
+                    origin = find_origin(self.model, again)
+                self.nan_origin = f"micro-batch {facts['global_step']}: {origin}"
+                if origin.kind != "unknown":
+                    break
+        for name, held in self.controllers.items():
+            held.load_state_dict(states[name])
 
     def _after_batch(self, epoch: int, *, refused: bool) -> None:
         by_batch = self.config.scheduler_cadence == "per_batch" and self.optimizer_steps and not refused
@@ -447,6 +558,8 @@ class SCMTrainer:
         self.nan_counts["loss"] += counted["loss"]
         self.nan_counts["output"] += counted["output"]
         self.nan_counts["gradient"] = self._guard.skips()["gradient"]
+        if self._gate is not None:
+            self.nan_counts["gradient"] += self._gate.drops()["gradient"]
         state = [*self.model.parameters(), *self.model.buffers()]
         self.nan_counts["parameter"] = count_non_finite(item for item in state if item.is_floating_point())
 
@@ -484,10 +597,18 @@ class SCMTrainer:
     def _judge(self, epoch: int, train: dict[str, float], val: dict[str, float] | None) -> None:
         """Note the best epoch, and end the training if it has diverged or covers too little for too long."""
         skipped = sum(self._guard.skips().values())
+        unit = "steps"
+        if self._gate is not None:
+            skipped, unit = skipped + sum(self._gate.drops().values()), "micro-batches"
+        if skipped and not self.nan_origin:
+            # Where they came from cannot be seen afterwards: the next one is looked at when it comes.
+            self._guard.wait_from_now_on()
+            if self._watch is not None:
+                self._watch.wait_from_now_on()
         if self.nan_counts["parameter"]:
             self._diverge(f"{self.nan_counts['parameter']} parameters are not finite")
         elif self.status == "running" and skipped > self.config.nonfinite_budget:
-            self._diverge(f"{skipped} steps had a non-finite loss or gradient")
+            self._diverge(f"{skipped} {unit} had a non-finite loss or gradient")
         if val is not None:
             self.val_history.append(val)
             if val["val_loss"] < self.best_val_loss:
