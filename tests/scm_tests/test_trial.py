@@ -202,8 +202,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "saturation_threshold": {"lambda_saturation": 1.0},
     "target_spread": {"lambda_spread": 1.0},
 }
-# These act when a training ends, or judge it; amp_dtype on CUDA.
+# These act when a training ends, judge it, or meet what is not finite; amp_dtype on CUDA.
 JUDGES = {
+    "finite_action",
+    "finite_streak",
     "coverage_threshold",
     "coverage_patience",
     "nonfinite_budget",
@@ -243,6 +245,10 @@ def test_knobs_that_judge_a_training_are_handed_on() -> None:
     knobs = {"coverage_threshold": 0.5, "coverage_patience": 2, "nonfinite_budget": 7, "restore_best": True}
     config = trainer_of(**knobs).config
     assert {name: getattr(config, name) for name in knobs} == knobs
+    for action in KNOBS["finite_action"].choices:
+        config = trainer_of(finite_action=action, finite_streak=5).config
+        assert config.finite_action == action
+        assert config.finite_streak == (None if action == "skip_step" else 5)
     assert trainer_of(mixed_precision=True, amp_dtype="float16").config.amp_dtype is torch.float16
 
 
