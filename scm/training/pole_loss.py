@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scm.guards.gates import RAW_OUTPUTS, named_tensor
 from scm.losses.pole import FORMS, PoleCounts, PoleTargets, pole_loss, pole_targets
 
 if TYPE_CHECKING:
@@ -65,7 +66,12 @@ class PoleLossTerm:
     def after_loss(self, moment: Moment) -> None:
         """Add the term; ValueError where the model gives no "pole_score"."""
         assert moment.terms is not None
-        logits = _scores_of(moment.outputs)
+        logits = named_tensor(moment.outputs, "pole_score")
+        if logits is None:
+            raise ValueError(
+                "lambda_pole > 0 needs a model that answers (P, Q, named tensors) with a 'pole_score' (B,), "
+                f"got {type(moment.outputs).__name__} without it"
+            )
         targets = self._targets(logits, moment)
         weights = moment.facts.get("row_weights")
         weights = moment.fed.extras.get("row_weights") if weights is None else weights
@@ -97,7 +103,8 @@ class PoleLossTerm:
         self._loss, self._batches = state["loss"].clone(), int(state["batches"])
 
     def _targets(self, logits: Tensor, moment: Moment) -> PoleTargets:
-        q_abs = _per_row(moment.outputs[1].detach().abs()).amin(dim=-1)
+        Q = moment.found.get(RAW_OUTPUTS, moment.outputs)[1].detach()
+        q_abs = _per_row(Q.abs()).amin(dim=-1)
         semantic = moment.fed.semantic
         bottom = moment.fed.lifted[1] == 0 if semantic is None else semantic.mask_semantic
         teacher = torch.where(_per_row(bottom).any(dim=-1), 1.0, math.nan)
@@ -117,14 +124,3 @@ class PoleLossTerm:
 def _per_row(tensor: Tensor) -> Tensor:
     """(B, ...) as (B, n)."""
     return tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor.flatten(start_dim=1)
-
-
-def _scores_of(outputs: Any) -> Tensor:
-    named = outputs[2] if isinstance(outputs, (tuple, list)) and len(outputs) > 2 else None
-    if not isinstance(named, Mapping) or "pole_score" not in named:
-        raise ValueError(
-            "lambda_pole > 0 needs a model that answers (P, Q, named tensors) with a 'pole_score' (B,); "
-            f"got {type(outputs).__name__} without it"
-        )
-    score: Tensor = named["pole_score"]
-    return score

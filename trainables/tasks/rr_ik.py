@@ -178,10 +178,10 @@ class FreeArm(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, 4) inputs to P and Q, both (B, 2)."""
-        P, Q = self.head(torch.cat(_encode(x), dim=-1))
-        return P, Q
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map (B, 4) inputs to P and Q, both (B, 2), and to what the head names besides."""
+        outputs: tuple[Tensor, ...] = self.head(torch.cat(_encode(x), dim=-1))
+        return outputs
 
 
 def pole_scores(
