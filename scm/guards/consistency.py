@@ -533,7 +533,7 @@ class EquivarianceGuard:
         outputs = moment.found.pop(self.TERM, moment.outputs)
         with self._as_trained(moment.fed.inputs):
             found = self.loss(
-                moment.model, moment.fed.inputs, outputs, mask=_trained_places(moment.fed.semantic, outputs)
+                moment.model, moment.fed.inputs, outputs, mask=trained_places(moment.fed.semantic, outputs)
             )
         term = found.loss * self.weight
         terms = moment.terms
@@ -577,7 +577,7 @@ class EquivarianceGuard:
         return torch.autocast(inputs.device.type, dtype=self.amp_dtype)
 
 
-def _trained_places(semantic: SemanticTargets | None, outputs: Any) -> Tensor | None:
+def trained_places(semantic: SemanticTargets | None, outputs: Any) -> Tensor | None:
     """Return the mask of the places whose labels are trained, in the shape of what is compared."""
     if semantic is None:
         return None
