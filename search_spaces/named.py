@@ -18,6 +18,7 @@ _MOMENTUM = {"optimizer": ("sgd", "rmsprop")}
 _ADAM = {"optimizer": ("adam", "adamw")}
 _SOFT = {"coverage_term": ("soft",)}
 _MULTIHEAD = {"head": ("multihead",)}
+_POLYNOMIAL = {"head": ("multihead", "tr_rational")}
 
 _NEAR_POLE = {"sampling": ("near_pole",)}
 _QUOTIENT = {"fit": ("quotient",)}
@@ -87,17 +88,18 @@ _NAMED = (
     Space(
         "model_size",
         {
-            "head": Choice(("pattern", "multihead", "angular")),
+            "head": Choice(("pattern", "multihead", "angular", "tr_rational")),
             "hidden_width": Int(8, 128, log=True),
             "hidden_depth": Int(1, 3),
             # An angular head gives tuples of unit length whatever is asked for.
-            "tuple_norm": Choice(("unit", "none"), when={"head": ("pattern", "multihead")}),
+            "tuple_norm": Choice(("unit", "none"), when={"head": ("pattern", "multihead", "tr_rational")}),
             "q_anchor": Choice(("none", "ones"), when=_MULTIHEAD),
             # A raw positive denominator may never get below tau_infer: such a model could not say bottom.
             "q_param": Choice(("none", "softplus"), when={**_MULTIHEAD, "tuple_norm": ("unit",)}),
             "q_min": Float(1e-6, 1e-1, log=True, when={**_MULTIHEAD, "q_param": ("softplus",)}),
-            "numerator_degree": Int(1, 5, when=_MULTIHEAD),
-            "denominator_degree": Int(1, 4, when=_MULTIHEAD),
+            "numerator_degree": Int(1, 5, when=_POLYNOMIAL),
+            "denominator_degree": Int(1, 4, when=_POLYNOMIAL),
+            "basis": Choice(("monomial", "chebyshev"), when=_POLYNOMIAL),
         },
         description="The head that emits (P, Q), and the size of the network below it.",
     ),
@@ -105,6 +107,14 @@ _NAMED = (
 
 # Asked for by name alone: what these vary is off by default, and most searches have no use for it.
 _APART = (
+    Space(
+        "pole_head",
+        {
+            "lambda_pole": Float(1e-3, 1.0, log=True),
+            "pole_threshold": Float(1e-2, 0.5, log=True),
+        },
+        description="How much a head that scores poles weighs, and the |Q| that it calls near one.",
+    ),
     Space(
         "hybrid",
         {

@@ -64,6 +64,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{knob: {"sampling_strength": 8.0} for knob in SPACES["sampling"].domains},
     "saturation_threshold": {"lambda_saturation": 1.0, "coverage_temperature": 1e-2},
     "target_spread": {"lambda_spread": 1.0},
+    "pole_threshold": {"lambda_pole": 1.0},
 }
 
 

@@ -21,10 +21,11 @@ EXPECTED = {
     "model_size",
     "default",
     "guards",
+    "pole_head",
     "hybrid",
     "sampling",
 }
-APART = {"guards", "hybrid", "sampling"}  # asked for by name alone
+APART = {"guards", "pole_head", "hybrid", "sampling"}  # asked for by name alone
 KNOBS_IN_SPACES = [
     (name, knob) for name, space in SPACES.items() if name != "default" for knob in space.domains
 ]
