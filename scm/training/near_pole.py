@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from scm.guards.gates import RAW_OUTPUTS
 from scm.training.loader import TensorBatches
 from scm.training.sampler import AdaptiveSampler, AdaptiveSamplerConfig
 from scm.training.targets import SemanticTargets
@@ -157,7 +158,7 @@ class NearPoleFeedback:
             raise ValueError(
                 'near-pole sampling needs batches with {"indices"}, as NearPoleBatches gives them'
             )
-        self.batches.observe(moment.outputs[1], indices)
+        self.batches.observe(moment.found.get(RAW_OUTPUTS, moment.outputs)[1], indices)
 
     def telemetry(self) -> dict[str, float]:
         """Return how unequal the weights are now."""

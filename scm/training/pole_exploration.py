@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scm.guards.gates import RAW_OUTPUTS
 from scm.training.loader import TensorBatches
 from scm.training.near_pole import NearPoleBatches
 from scm.training.targets import SemanticTargets
@@ -102,7 +103,7 @@ class PoleExploration:
 
     def after_backward(self, moment: Moment) -> None:
         """Keep inputs and |Q|; ValueError for inputs of more than one number."""
-        inputs, q = moment.fed.inputs, moment.outputs[1]
+        inputs, q = moment.fed.inputs, moment.found.get(RAW_OUTPUTS, moment.outputs)[1]
         if inputs.numel() != len(inputs) or q.numel() != len(q):
             raise ValueError(
                 "poles can be explored where a row is one number and one denominator, "

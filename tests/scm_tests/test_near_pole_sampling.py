@@ -312,7 +312,7 @@ def test_the_step_path_never_waits_for_the_device():
     iterator = iter(loader)
     first = next(iterator)
     q = first[0][:, 0]
-    moment = SimpleNamespace(fed=SimpleNamespace(extras=first[2]), outputs=(q, q))
+    moment = SimpleNamespace(fed=SimpleNamespace(extras=first[2]), outputs=(q, q), found={})
     torch.cuda.set_sync_debug_mode("error")
     try:
         feedback.after_backward(moment)

@@ -35,7 +35,7 @@ def answered(exploration: PoleExploration, x: list[float], q: list[float], epoch
     inputs, sizes = torch.tensor(x), torch.tensor(q)
     exploration.begin_epoch(epoch, {})
     exploration.after_backward(
-        SimpleNamespace(fed=SimpleNamespace(inputs=inputs[:, None]), outputs=(sizes, sizes))
+        SimpleNamespace(fed=SimpleNamespace(inputs=inputs[:, None]), outputs=(sizes, sizes), found={})
     )
     exploration.after_epoch(SimpleNamespace(epoch=epoch))
 
@@ -153,7 +153,9 @@ def test_inputs_of_several_numbers_are_refused():
     exploration = PoleExploration(label)
     x = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="poles can be explored where a row is one number"):
-        exploration.after_backward(SimpleNamespace(fed=SimpleNamespace(inputs=x), outputs=(x[:, 0], x[:, 0])))
+        exploration.after_backward(
+            SimpleNamespace(fed=SimpleNamespace(inputs=x), outputs=(x[:, 0], x[:, 0]), found={})
+        )
 
 
 @pytest.mark.parametrize(
