@@ -361,16 +361,16 @@ class _StrayTargets:
                 got = int(targets[stray][0])
                 raise ValueError(f"targets must be in [0, {classes}) or ignore_index, got {got}")
             return
-        count = stray.sum()
-        self._total = count if self._total is None else self._total + count
         if self._arrived is None:
             self._arrived = torch.zeros((), dtype=torch.int64, pin_memory=True)
-        self._arrived.copy_(self._total, non_blocking=True)
-        # The count only grows: read before it has arrived, it is the one of an earlier call.
+        # The count only grows: read before the newest has arrived, it is the one of an earlier call.
         if int(self._arrived):
             raise ValueError(
                 f"targets must be in [0, {classes}) or ignore_index, got {int(self._arrived)} others so far"
             )
+        count = stray.sum()
+        self._total = count if self._total is None else self._total + count
+        self._arrived.copy_(self._total, non_blocking=True)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scm.data import Split
 from scm.guards.bounds import BOUND_FORMS, bound, check_gain, gain_at, saturation_penalty, soft_clamp_logits
 from scm.guards.range import RangeGuard, SaturationGuard
+from scm.guards.spread import SpreadGuard, projective_residual
 from scm.losses.terms import LossTerms
 from scm.models import make_model
 from scm.training.companion import Moment
@@ -306,6 +307,51 @@ def test_a_guard_that_finds_no_gate_says_what_it_looked_for():
     """A model of plain logits has neither denominators nor stop logits."""
     with pytest.raises(ValueError, match="outputs must be .* name 'stop_logits'"):
         SaturationGuard(1.0).after_loss(moment_of(torch.zeros(2, 3)))
+
+
+def accompany(guards: list[Any], device: str, steps: int = 2) -> Tensor:
+    """Go through the moments of a few steps with outputs that have no meaning; return the last total."""
+    P, Q = (torch.linspace(0.1, 0.9, 8, device=device).requires_grad_() for _ in range(2))
+    semantic = SimpleNamespace(mask_trained=torch.ones(8, dtype=torch.bool, device=device))
+    fed = SimpleNamespace(semantic=semantic, lifted=(P.detach(), Q.detach()))
+    for _ in range(steps):
+        moment = Moment(nn.Identity(), fed, {"tau": 0.1}, (P, Q))  # type: ignore[arg-type]
+        for guard in guards:
+            if hasattr(guard, "after_forward"):
+                guard.after_forward(moment)
+        moment.terms = LossTerms(moment.outputs[0].sum())
+        for guard in guards:
+            if hasattr(guard, "after_loss"):
+                guard.after_loss(moment)
+        moment.terms.total().backward()
+    assert set(moment.terms.auxiliaries) == {"saturation", "spread"}
+    return moment.terms.total()
+
+
+def guards() -> list[Any]:
+    spread = SpreadGuard(1.0, difficulty=projective_residual)
+    return [RangeGuard(0.5, "straight_through"), SaturationGuard(1.0), spread]
+
+
+def test_guards_never_read_a_device_in_a_step():
+    """Tensors without values serve them: nothing in a step can wait for an accelerator."""
+    assert accompany(guards(), "meta").shape == ()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_guards_do_as_on_the_cpu_without_waiting():
+    """The same total and the same telemetry; no synchronisation in a step."""
+    here, there = guards(), guards()
+    expected = accompany(here, "cpu")
+    accompany(guards(), "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        total = accompany(there, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(total.cpu(), expected)
+    for one, other in zip(here, there, strict=True):
+        assert one.telemetry() == pytest.approx(other.telemetry(), rel=1e-5)
 
 
 def split(rows: int = 96) -> Split:

@@ -502,3 +502,54 @@ def test_telemetry_is_bounded_and_shows_the_newest():
     assert [entry["max"] for entry in said["last_nan_logit_stats"]] == [245.0, 246.0, 247.0, 248.0, 249.0]
     assert made._telemetry._stats is not None
     assert made._telemetry._stats.shape == (100, 5)
+
+
+# --- devices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["hard", "soft", "straight_through"])
+@pytest.mark.parametrize("law", CLASS_WEIGHTINGS)
+@pytest.mark.parametrize("reduction", ["mean", "canvas_mean", "sum", "none"])
+@EITHER
+def test_the_loss_never_reads_a_device(loss, form, law, reduction):
+    """Tensors without values serve it, telemetry included: nothing in it can wait for an accelerator."""
+    logits = torch.zeros((2, 10, 4, 4), device="meta", requires_grad=True)
+    targets = torch.zeros((2, 4, 4), dtype=torch.int64, device="meta")
+    made = loss(
+        logit_clamp_form=form,
+        class_weighting=law,
+        reduction=reduction,
+        out_of_range="ignore",
+        track_nan_telemetry=True,
+    )
+    value = made(logits, targets)
+    assert value.shape == (targets.shape if reduction == "none" else ())
+    value.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == logits.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@EITHER
+def test_on_a_gpu_a_stray_target_is_refused_without_waiting(loss):
+    """The loss of the CPU, no synchronisation in a step; a stray target is told of with a later call."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, 10, 5, 5), generator=generator) * 40
+    targets = torch.randint(10, (2, 5, 5), generator=generator)
+    made, here = loss(track_nan_telemetry=True), loss()
+    on_device, stray = logits.cuda().requires_grad_(), targets.cuda()
+    made(on_device, stray).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = made(on_device, stray)
+        value.backward()
+        stray[0, 0, 0] = 10
+        made(on_device, stray)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert value.item() == pytest.approx(here(logits, targets).item(), rel=1e-5)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 10\) or ignore_index, got 1 others"):
+        made(on_device, targets.cuda())
+    assert made.get_nan_telemetry()["nan_rate"] == 0.0
