@@ -10,6 +10,7 @@ NAMES: dict[str, str] = {
     "scm.core": "TRTag TagPolicy",
     "scm.training": "SCMTrainer TrainingConfig lift_targets lift_semantic_targets SemanticTargets "
     "perturbed_threshold LinearRamp LossWeightsCurriculum AdaptiveSampler AdaptiveSamplerConfig",
+    "scm.training.tag_loss": "compute_tag_loss TagPredictionHead",
     "scm.training.trainer": "SCMTrainer TrainingConfig",
     "scm.training.targets": "lift_targets lift_semantic_targets SemanticTargets",
     "scm.training.gap": "perturbed_threshold",

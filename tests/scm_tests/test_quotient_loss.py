@@ -277,6 +277,17 @@ def test_rows_outside_of_the_mask_and_empty_batches_cost_nothing():
     torch.testing.assert_close(by_q, torch.full((2, 1), -0.125 / 2, dtype=F64))
 
 
+def test_row_weights_make_a_weighted_mean():
+    """A row of weight 2 counts as two and a row of weight 0 is not there, in the value and in gradients."""
+    rows = (tensor(1.0, -0.5, 2.0), tensor(0.5, -0.25, 1.0), tensor(0.0, -1.0, 1.0), tensor(1.0, 0.0, 1.0))
+    loss, by_p, by_q = loss_and_gradients(*rows, row_weights=tensor(2.0, 1.0, 0.0))
+    repeated = [x[[0, 0, 1]] for x in rows]
+    expected, each_p, each_q = loss_and_gradients(*repeated)
+    assert loss.item() == pytest.approx(expected.item())
+    for weighted, each in ((by_p, each_p), (by_q, each_q)):
+        torch.testing.assert_close(weighted, torch.stack([each[0] + each[1], each[2], each[2] * 0]))
+
+
 def test_a_residual_counts_up_to_its_largest():
     """Beyond, the row costs no more, and its gradient still points the right way."""
     loss, by_p, by_q = loss_and_gradients(tensor(BIG), tensor(1e-10), tensor(0.0), tensor(1.0))
