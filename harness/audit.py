@@ -48,7 +48,10 @@ FINDINGS = (ALIKE, DEAD, NEVER_ACTIVE, FAILS)
 
 @dataclass(frozen=True, slots=True)
 class KnobVerdict:
-    """What moving one knob did; `where` is "space" or "config", `detail` what it rests on."""
+    """What moving one knob did; `where` is "space" or "config", `detail` what it rests on.
+
+    With `where` "term", `knob` is a term of the loss that is weighed and does nothing in any of the draws.
+    """
 
     knob: str
     where: str
@@ -81,7 +84,7 @@ def audit_plan(
     """Judge every knob that varies in the plan's space, and those of `given` that its config fixes.
 
     `given` names the knobs that the plan's file itself fixes: a resolved plan names them all. A fixed knob is
-    compared with its default. Trains on the CPU with the plan's first seed; the same plan gives the same
+    compared with its default, unless it turns something off. Trains on the CPU with the plan's first seed; the same plan gives the same
     verdicts. Raises UserError where the task cannot be loaded.
     """
     space = plan_space(plan)
@@ -94,10 +97,13 @@ def audit_plan(
         verdicts.append(_judge_varied(bench, space, knob, draws))
     defaults = resolve_config({})
     for knob in given:
-        if knob in plan.config and plan.config[knob] != defaults[knob]:
+        value = plan.config.get(knob)
+        # What is turned off is not waited for: it could only be found to do nothing.
+        if value not in (0, None, "none") and value != defaults[knob]:
             on_knob(knob)
             verdicts.append(_judge_fixed(bench, space, knob, defaults[knob], draws))
-    return Audit(tuple(verdicts), draws, bench.rows, len(bench.seen))
+    verdicts += _judge_terms(bench, draws)
+    return Audit(tuple(verdicts), draws, bench.rows, bench.trainings)
 
 
 def _judge_varied(bench: _Bench, space: Space, knob: str, draws: int) -> KnobVerdict:
@@ -133,6 +139,23 @@ def _judge_fixed(bench: _Bench, space: Space, knob: str, default: Any, draws: in
     return KnobVerdict(
         knob, "config", DEAD, f"{fixed!r} trains as the default {default!r} does; {found.detail}"
     )
+
+
+def _judge_terms(bench: _Bench, draws: int) -> list[KnobVerdict]:
+    """Find the terms that do nothing in every draw that weighs them at all."""
+    reasons: dict[str, str] = {}
+    acting: set[str] = set()
+    for context in bench.draws[:draws]:
+        for term, reason in bench.terms(context).items():
+            if reason:
+                reasons.setdefault(term, reason)
+            else:
+                acting.add(term)
+    return [
+        KnobVerdict(term, "term", DEAD, f"this term of the loss {reason} in all draws that weigh it")
+        for term, reason in reasons.items()
+        if term not in acting
+    ]
 
 
 def _judge(
@@ -210,7 +233,8 @@ class _Bench:
         varies = "dtype" in space.domains or "dtype" in self.fixed
         self._dtype = None if halves or varies else "float64"
         self.tolerance = _TOLERANCE["float64" if self._dtype else "float32"]
-        self.seen: dict[tuple[str, bool], Evidence] = {}
+        self._seen: dict[tuple[str, bool], Evidence] = {}
+        self._watched = 0
 
     @classmethod
     def of(cls, plan: Plan, space: Space) -> _Bench:
@@ -229,6 +253,11 @@ class _Bench:
         dimensions = len(self._space.dimensions)
         return [self._space.sample([stream.random() for _ in range(dimensions)]) for _ in range(_TRIES)]
 
+    @property
+    def trainings(self) -> int:
+        """How many trainings the verdicts rest on."""
+        return len(self._seen) + self._watched
+
     def evidence(self, config: Mapping[str, Any], knob: str, poisoned: bool) -> Evidence | None:
         """Train a config, once for all that train alike; None for one that breaks a rule between knobs."""
         from trainables.brief import train_briefly
@@ -236,31 +265,49 @@ class _Bench:
         splits = self._splits[poisoned]
         if splits is None:
             return None
+        flat = self._shortened(config, knob)
+        try:
+            key = (config_id(active_knobs(flat)), poisoned)
+        except (ValueError, TypeError):
+            return None
+        if key not in self._seen:
+            self._seen[key] = train_briefly(self._task, resolve_config(flat), self._seed, splits)
+        return self._seen[key]
+
+    def terms(self, context: Mapping[str, Any]) -> dict[str, str]:
+        """Watch the terms of the loss in one draw; none where its training fails."""
+        from trainables.brief import watch_terms
+
+        evidence, splits = self.evidence(context, "", False), self._splits[False]
+        if evidence is None or splits is None or evidence.status == "failed":
+            return {}
+        self._watched += 1
+        return watch_terms(self._task, resolve_config(self._shortened(context, "")), self._seed, splits)
+
+    def _shortened(self, config: Mapping[str, Any], knob: str) -> dict[str, Any]:
         flat = dict(config)
         if self._dtype is not None:
             flat["dtype"] = self._dtype
         if knob != "max_epochs":
             flat["max_epochs"] = min(int(flat.get("max_epochs", MAX_EPOCHS)), MAX_EPOCHS)
-        try:
-            key = (config_id(active_knobs(flat)), poisoned)
-        except (ValueError, TypeError):
-            return None
-        if key not in self.seen:
-            self.seen[key] = train_briefly(self._task, resolve_config(flat), self._seed, splits)
-        return self.seen[key]
+        return flat
 
 
 def _values_of(space: Space, knob: str, fallback: Any) -> list[Any]:
     return list(space.domains[knob].spread(2)) if knob in space.domains else [fallback]
 
 
+_PLACES = {"space": "", "config": " (fixed)", "term": " (term)"}
+
+
 def lines_of(audit: Audit) -> Iterator[str]:
     """The audit as text: the findings first, a line each, then the knobs that act."""
     told = [item for item in audit.verdicts if item.verdict != ACTS]
-    names = {item.knob: item.knob + (" (fixed)" if item.where == "config" else "") for item in told}
-    width = max(map(len, names.values()), default=0)
-    for item in sorted(told, key=lambda item: -_order(item.verdict)):
-        yield f"{item.verdict:<14}  {names[item.knob]:<{width}}  {item.detail}".rstrip()
+    names = [item.knob + _PLACES[item.where] for item in told]
+    width = max(map(len, names), default=0)
+    by_verdict = sorted(zip(told, names, strict=True), key=lambda item: -_order(item[0].verdict))
+    for item, name in by_verdict:
+        yield f"{item.verdict:<14}  {name:<{width}}  {item.detail}".rstrip()
     acting = [item.knob for item in audit.verdicts if item.verdict == ACTS]
     yield from textwrap.wrap(
         ", ".join(acting), 110, initial_indent=f"{ACTS:<14}  ", subsequent_indent=" " * 16

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from scm.data import Split
+from scm.guards.liveness import TermWatch
+from scm.trial_config import TrialConfig
 from trainables.tasks.protocol import Task
-from trainables.trial import TrialRun
+from trainables.trial import TrialRun, make_task_trainer
 
 # What a config says of itself, and what a clock says: neither shows that a knob acts.
 _NO_EVIDENCE = frozenset({"target_coverage", "lr", "step_time_ms", "duration_s", "epoch"})
@@ -58,6 +60,22 @@ def train_briefly(task: Task, config: Mapping[str, Any], seed: int, splits: Mapp
         if name.startswith(_TELEMETRY) and value is not None
     }
     return Evidence(outcome["status"], outcome["stop_reason"], outcome["error"], numbers, telemetry)
+
+
+def watch_terms(
+    task: Task, config: Mapping[str, Any], seed: int, splits: Mapping[str, Split]
+) -> dict[str, str]:
+    """Train one config; return the weighted terms of its loss, with why where one did nothing in any step.
+
+    Raises whatever the task or the training raises. Of a loss of the task's own that does not give its terms,
+    only the whole is seen, and the terms that guards add.
+    """
+    settings = TrialConfig.from_flat(config)
+    loss = task.make_loss(settings)
+    steps = settings.max_epochs * -(-len(splits["train"]) // settings.batch_size)
+    watch = TermWatch(max(1, steps - 1), needs_terms=loss is None or hasattr(loss, "terms"))
+    make_task_trainer(task, settings, seed, splits["train"], None, companions=[watch]).fit()
+    return watch.told()
 
 
 def brief_splits(splits: Mapping[str, Split], rows: int, seed: int) -> dict[str, Split]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from trainables.configs import resolve_config
 from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits
 
 if TYPE_CHECKING:
+    from scm.training.companion import Companion
     from scm.training.trainer import SCMTrainer
 
 STANDARD_METRICS: tuple[str, ...] = (
@@ -118,6 +119,32 @@ def make_splits(task: Task, seed: int) -> Mapping[str, Split]:
         splits = task.splits(seed)
     check_splits(splits, task.name)
     return splits
+
+
+def make_task_trainer(
+    task: Task,
+    config: TrialConfig,
+    seed: int,
+    train: Split,
+    val: Split | None,
+    *,
+    device: str = "cpu",
+    companions: Sequence[Companion] = (),
+) -> SCMTrainer:
+    """Make the trainer of one trial of a task; `companions` go along before those that the config asks for.
+
+    Raises whatever the task raises, and what `scm.trial.make_trainer` does.
+    """
+    return make_trainer(
+        config,
+        seed,
+        lambda: task.build_model(config),
+        train,
+        val,
+        loss_fn=task.make_loss(config),
+        device=device,
+        companions=companions,
+    )
 
 
 class TrialRun:
@@ -220,13 +247,12 @@ class TrialRun:
         self.config = resolve_config(self.config)
         self._settings = TrialConfig.from_flat(self.config)
         self._splits = make_splits(self.task, self.seed) if splits is None else splits
-        trainer = make_trainer(
+        trainer = make_task_trainer(
+            self.task,
             self._settings,
             self.seed,
-            lambda: self.task.build_model(self._settings),
             self._splits["train"],
             self._splits["val"],
-            loss_fn=self.task.make_loss(self._settings),
             device=self.device,
         )
         self._trainer, self._epochs = trainer, trainer.epochs()

@@ -1,7 +1,7 @@
-"""Whether what was configured acts: a weight must change the loss or a gradient, whatever it weighs.
+"""Whether what was configured acts: weights that move the loss or a gradient, terms that are not idle.
 
-For any PyTorch training: nothing here knows what the terms are. Which knobs of a sweep's plan act is decided
-by `scm-harness audit`, which trains; whether a term that is weighed is zero or constant, in `consistency`.
+For any PyTorch training: nothing here knows what the terms are. When a term counts as idle is decided in
+`consistency`; which knobs of a sweep's plan act, by `scm-harness audit`, which trains.
 """
 
 from __future__ import annotations
@@ -9,9 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from scm.guards.consistency import DegenerateTermDetector
+
+if TYPE_CHECKING:
+    from scm.training.companion import Moment
 
 Evaluate = Callable[[Mapping[str, float]], Tensor]
 """From weights by name to the 0-d loss of one and the same batch, with its graph."""
@@ -87,6 +93,34 @@ def dead_weights(
     """Return the names of the weights that change neither loss nor gradient (see `weight_liveness`)."""
     found = weight_liveness(evaluate, weights, parameters, tolerance=tolerance)
     return [name for name, item in found.items() if not item.alive]
+
+
+class TermWatch:
+    """Watches every weighted term of a training, those of other companions too; a companion of `SCMTrainer`.
+
+    `told()` names all terms, and says of those that were zero, constant or without a gradient for `patience`
+    steps in a row which it was. `needs_terms=False` for a loss that comes as one number, whose parts are
+    then not seen.
+    """
+
+    name = "term_watch"
+
+    def __init__(self, patience: int, *, needs_terms: bool = True) -> None:
+        self.needs_terms = needs_terms
+        self._detector = DegenerateTermDetector(patience=patience)
+        self._names: dict[str, None] = {}
+
+    def after_backward(self, moment: Moment) -> None:
+        """Look at the terms of the step, as they were trained."""
+        assert moment.terms is not None
+        total = moment.terms.total()
+        for name, term in {"fit": moment.terms.task, **moment.terms.auxiliaries}.items():
+            self._names[name] = None
+            self._detector.observe(name, term, total)
+
+    def told(self) -> dict[str, str]:
+        """Return all terms by name, with what makes each idle, or "" where it acts; waits for the device."""
+        return dict.fromkeys(self._names, "") | self._detector.findings()
 
 
 _Measured = tuple[float, list[Tensor | None]]
