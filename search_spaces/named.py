@@ -108,6 +108,15 @@ _NAMED = (
 # Asked for by name alone: what these vary is off by default, and most searches have no use for it.
 _APART = (
     Space(
+        "tag_loss",
+        {
+            "lambda_tag": Float(1e-2, 10.0, log=True),
+            "tag_labels": Choice(("data", "model")),
+            "tag_adaptive": Choice((False, True)),
+        },
+        description="How much a head that says what an answer is weighs, and from what it learns that.",
+    ),
+    Space(
         "pole_head",
         {
             "lambda_pole": Float(1e-3, 1.0, log=True),

@@ -65,6 +65,15 @@ BESIDE: dict[str, dict[str, Any]] = {
     "saturation_threshold": {"lambda_saturation": 1.0, "coverage_temperature": 1e-2},
     "target_spread": {"lambda_spread": 1.0},
     "pole_threshold": {"lambda_pole": 1.0},
+    # Over a low threshold every answer of a small batch may have a value: what the weight adapts to.
+    "tag_labels": {"lambda_tag": 1.0},
+    "tag_adaptive": {
+        "lambda_tag": 1.0,
+        "batch_size": 8,
+        "tau_infer": 1e-4,
+        "tau_train_min": 1e-3,
+        "tau_train_max": 1e-3,
+    },
 }
 
 

@@ -22,10 +22,11 @@ EXPECTED = {
     "default",
     "guards",
     "pole_head",
+    "tag_loss",
     "hybrid",
     "sampling",
 }
-APART = {"guards", "pole_head", "hybrid", "sampling"}  # asked for by name alone
+APART = {"guards", "pole_head", "tag_loss", "hybrid", "sampling"}  # asked for by name alone
 KNOBS_IN_SPACES = [
     (name, knob) for name, space in SPACES.items() if name != "default" for knob in space.domains
 ]
