@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from scm.models import HEADS, make_model
+from scm.models import BASES, HEADS, NAMED_HEADS, make_model
 from scm.trial_config import KNOBS, TrialConfig
 
 INPUTS = 3
@@ -28,6 +28,11 @@ def batch(rows=6, seed=0, dtype=torch.float32):
 def test_every_head_a_config_may_name_can_be_built():
     """The table of heads and the choices of the knob are the same."""
     assert tuple(HEADS) == KNOBS["head"].choices
+
+
+def test_every_basis_a_config_may_name_is_there():
+    """The table of bases and the choices of the knob are the same."""
+    assert tuple(BASES) == KNOBS["basis"].choices
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -99,13 +104,18 @@ def test_zero_tuples_and_their_gradients_are_finite():
         ("hidden_width", (4, 8), {}),
         ("hidden_depth", (0, 2), {}),
         ("tuple_norm", ("unit", "none"), {}),
-        ("head", ("pattern", "multihead", "angular"), {}),
+        ("head", ("pattern", "multihead", "angular", "tr_rational"), {}),
         ("dtype", ("float32", "float64"), {}),
         ("q_anchor", ("none", "ones"), {"head": "multihead"}),
         ("q_param", ("none", "softplus"), {"head": "multihead"}),
         ("q_min", (0.0, 0.5), {"head": "multihead", "q_param": "softplus"}),
         ("numerator_degree", (1, 3), {"head": "multihead"}),
         ("denominator_degree", (1, 2), {"head": "multihead"}),
+        ("basis", ("monomial", "chebyshev"), {"head": "multihead"}),
+        ("numerator_degree", (1, 3), {"head": "tr_rational"}),
+        ("denominator_degree", (1, 2), {"head": "tr_rational"}),
+        ("basis", ("monomial", "chebyshev"), {"head": "tr_rational"}),
+        ("tuple_norm", ("unit", "none"), {"head": "tr_rational"}),
     ],
 )
 def test_every_model_knob_changes_the_model(name, values, base):
@@ -136,6 +146,58 @@ def test_stacked_models_are_the_models(head, norm):
     for k, model in enumerate(models):
         P, Q = model(x)
         ((P * Q).sum() + P.square().sum()).backward()
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(grads[name][k], parameter.grad, rtol=1e-9, atol=1e-12), name
+
+
+NAMED = {"lambda_tag": 0.1, "lambda_pole": 0.1}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("output_dim", [1, 2])
+def test_outputs_are_named_exactly_where_their_losses_weigh(head, output_dim):
+    """(P, Q) alone by default; tag logits and pole scores of the rows follow, each by its own weight."""
+    plain = build(head=head, output_dim=output_dim)
+    assert len(plain(batch())) == 2
+    assert plain.named_heads is None
+    for asked, names in (
+        (NAMED, {"tag_logits", "pole_score"}),
+        ({"lambda_tag": 0.1}, {"tag_logits"}),
+        ({"lambda_pole": 0.1}, {"pole_score"}),
+    ):
+        P, Q, named = build(head=head, output_dim=output_dim, **asked)(batch())
+        assert set(named) == names <= set(NAMED_HEADS)
+        assert torch.equal(P, plain(batch())[0])  # the weights are the same: named heads are drawn last
+        assert torch.equal(Q, plain(batch())[1])
+        shapes = {"tag_logits": (6, 4), "pole_score": (6,)}
+        assert all(named[name].shape == shapes[name] for name in names)
+
+
+def test_named_heads_are_parameters_and_pull_at_the_network():
+    """Their weights are trained with the others, and their losses reach the layers below."""
+    model = build(dtype="float64", **NAMED)
+    named = model(batch(dtype=torch.float64))[2]
+    (named["tag_logits"].square().sum() + named["pole_score"].square().sum()).backward()
+    assert any(name.startswith("named_heads.pole_score.") for name, _ in model.named_parameters())
+    touched = {name: parameter.grad is not None for name, parameter in model.named_parameters()}
+    assert all(there == (not name.startswith("head.")) for name, there in touched.items())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_stacked_models_with_named_heads_are_the_models(head):
+    """Named outputs and their gradients go through vmap as P and Q do, without buffers."""
+    models = [build(seed=seed, head=head, dtype="float64", **NAMED) for seed in range(3)]
+    x = batch(dtype=torch.float64)
+    params, buffers = stack_module_state(models)
+    assert not buffers
+
+    def total(outputs):
+        P, Q, named = outputs
+        return (P * Q).sum() + named["tag_logits"].logsumexp(-1).sum() + named["pole_score"].square().sum()
+
+    grads = vmap(grad(lambda p: total(functional_call(models[0], p, (x,)))))(params)
+    for k, model in enumerate(models):
+        total(model(x)).backward()
         for name, parameter in model.named_parameters():
             assert torch.allclose(grads[name][k], parameter.grad, rtol=1e-9, atol=1e-12), name
 

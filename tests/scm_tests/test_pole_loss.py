@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from scm.core.tags import TRTag
+from scm.data import Split
 from scm.losses.pole import FORMS, PoleCounts, PoleTargets, pole_loss, pole_targets
 from scm.losses.terms import LossTerms
+from scm.models import make_model
 from scm.training.companion import Moment
 from scm.training.feed import Fed
 from scm.training.pole_loss import PoleLossTerm
 from scm.training.targets import STATUS_CODES, lift_semantic_targets, lift_targets
+from scm.trial import decode_split, make_trainer
+from scm.trial_config import TrialConfig
 
 F64 = torch.float64
 logits = st.lists(st.floats(-30, 30), min_size=1, max_size=8)
@@ -237,6 +241,43 @@ def test_importance_weights_of_the_rows_count_in_the_term():
     PoleLossTerm(1.0).after_loss(made)
     expected = pole_loss(tensor([2.0]), PoleTargets(tensor([1.0]), tensor([0.5])))
     assert made.terms.auxiliaries["pole"].item() == pytest.approx(expected.item())
+
+
+def rows_of(seed, rows=96):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.rand((rows, 1), generator=generator, dtype=F64) * 2 - 1
+    codes = torch.full((rows,), STATUS_CODES["finite"])
+    codes[inputs[:, 0].abs() < 0.25] = STATUS_CODES["bottom"]
+    return Split(inputs, lift_semantic_targets(1.0 / inputs[:, 0], codes))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["full precision", "mixed precision"])
+def test_a_trial_trains_its_pole_head_and_tells_how_good_it_is(mixed, tmp_path):
+    """The head finds the bottoms of the data; interrupted and resumed it is the same training."""
+    config = TrialConfig(
+        lambda_pole=1.0, max_epochs=40, learning_rate=2e-2, hidden_width=16, mixed_precision=mixed
+    )
+
+    def make():
+        return make_trainer(config, 0, lambda: make_model(config, 1), rows_of(0), rows_of(1))
+
+    trainer = make()
+    reports = []
+    for report in trainer.epochs():
+        reports.append(trainer.telemetry())
+        if report.epoch == 5:
+            trainer.save_checkpoint(tmp_path / "half")
+    assert trainer.status == "completed"
+    assert reports[-1]["pole_f1"] > 0.8 > reports[0]["pole_f1"]
+    assert reports[-1]["pole_loss"] < reports[0]["pole_loss"]
+    resumed = make()
+    resumed.load_checkpoint(tmp_path / "half")
+    resumed.fit()
+    assert resumed.telemetry() == trainer.telemetry()
+    for ours, theirs in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    decoded = decode_split(trainer.model, rows_of(1), tau_infer=config.tau_infer)
+    assert decoded.decoded.shape == (96,)
 
 
 @pytest.mark.parametrize(
