@@ -30,6 +30,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "dose": {"n_train": 200, "n_val": 60, "n_test": 90},
     "rf": {"n_train": 24, "n_val": 8, "n_test": 16},
     "rr_ik": {"n_train": 300, "n_val": 100, "n_test": 100},
+    "grid": {"data": "data/grids.json"},
 }
 _made: dict[str, Task] = {}
 

@@ -39,6 +39,7 @@ TASKS: dict[str, TaskEntry] = {
     "rr_ik": TaskEntry(
         "trainables.tasks.rr_ik:make_rr_ik_task", "inverse kinematics of a planar 2R arm (generated)"
     ),
+    "grid": TaskEntry("trainables.tasks.grid:make_grid_task", "puzzles of coloured grids (ARC), few shown"),
 }
 
 
