@@ -430,3 +430,23 @@ def test_a_training_learns_the_tags_of_the_data():
     with_it = fitted(TrialConfig.from_flat({**config.to_flat(), "max_epochs": 2}))
     assert "tag_loss" not in without.telemetry()
     assert not torch.equal(without.model.features[0].weight, with_it.model.features[0].weight)
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_the_term_never_waits_for_the_device(labels, monkeypatch):
+    """No value is read back while a micro-batch is under way, the adaptive weight included."""
+    logits = LOGITS.clone().requires_grad_()
+    moment = moment_of(outputs_of([0.5, 0.05, 0.5, 0.5], logits), TARGETS, tau=torch.tensor(0.1))
+    term = TagLossTerm(torch.tensor(0.5), labels=labels, adaptive=True)
+    with monkeypatch.context() as patched:
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+            patched.setattr(Tensor, name, refused)
+        term.after_loss(moment)
+        assert moment.terms is not None
+        moment.terms.total().backward()
+    assert logits.grad is not None
+    assert logits.grad[:3].abs().sum(1).min() > 0
+
+
+def refused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a value was read back")
