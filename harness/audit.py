@@ -39,6 +39,7 @@ _TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 ACTS = "acts"
 ON_FAULTS = "acts on faults"
 MEASURES = "measures"
+IDLE = "idle"
 ALIKE = "alike"
 DEAD = "dead"
 NEVER_ACTIVE = "never active"
@@ -50,7 +51,9 @@ FINDINGS = (ALIKE, DEAD, NEVER_ACTIVE, FAILS)
 class KnobVerdict:
     """What moving one knob did; `where` is "space" or "config", `detail` what it rests on.
 
-    With `where` "term", `knob` is a term of the loss that is weighed and does nothing in any of the draws.
+    With `where` "term", `knob` is a term of the loss that is weighed and does nothing in any of the draws:
+    idle where it is zero (a constraint that is met, or a broken term), dead where it is constant or has no
+    gradient.
     """
 
     knob: str
@@ -84,8 +87,8 @@ def audit_plan(
     """Judge every knob that varies in the plan's space, and those of `given` that its config fixes.
 
     `given` names the knobs that the plan's file itself fixes: a resolved plan names them all. A fixed knob is
-    compared with its default, unless it turns something off. Trains on the CPU with the plan's first seed; the same plan gives the same
-    verdicts. Raises UserError where the task cannot be loaded.
+    compared with its default, unless it turns something off. Trains on the CPU with the plan's first seed;
+    the same plan gives the same verdicts. Raises UserError where the task cannot be loaded.
     """
     space = plan_space(plan)
     bench = _Bench.of(plan, space)
@@ -151,11 +154,14 @@ def _judge_terms(bench: _Bench, draws: int) -> list[KnobVerdict]:
                 reasons.setdefault(term, reason)
             else:
                 acting.add(term)
-    return [
-        KnobVerdict(term, "term", DEAD, f"this term of the loss {reason} in all draws that weigh it")
-        for term, reason in reasons.items()
-        if term not in acting
-    ]
+    verdicts = []
+    for term, reason in reasons.items():
+        told = f"this term of the loss {reason} in all draws that weigh it"
+        if term not in acting and reason.startswith("is zero"):
+            verdicts.append(KnobVerdict(term, "term", IDLE, f"{told}: met, or broken"))
+        elif term not in acting:
+            verdicts.append(KnobVerdict(term, "term", DEAD, told))
+    return verdicts
 
 
 def _judge(
@@ -315,4 +321,4 @@ def lines_of(audit: Audit) -> Iterator[str]:
 
 
 def _order(verdict: str) -> int:
-    return (ACTS, ON_FAULTS, MEASURES, *FINDINGS).index(verdict)
+    return (ACTS, ON_FAULTS, MEASURES, IDLE, *FINDINGS).index(verdict)
