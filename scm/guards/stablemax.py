@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scm.guards.bounds import bound, check_limit
+from scm.guards.bounds import BOUND_FORMS, bound, check_limit
 from scm.losses.rowwise import check_at_least_zero
 
 _LARGEST = 1000.0  # |logit| beyond which stablemax is flat
@@ -123,14 +123,18 @@ class _StablemaxLoss(nn.Module, ABC):
         _check_one_of("reduction", reduction, REDUCTIONS)
         _check_one_of("class_weighting", class_weighting, CLASS_WEIGHTINGS)
         _check_one_of("out_of_range", out_of_range, OUT_OF_RANGE)
-        bounded = isinstance(logit_clamp_max, Tensor) or (logit_clamp_max is not None and logit_clamp_max > 0)
-        bound(torch.zeros(()), 1.0, logit_clamp_form)  # refuses an unknown form where it is given
+        _check_one_of("logit_clamp_form", logit_clamp_form, BOUND_FORMS)
+        if not isinstance(logit_clamp_max, Tensor) and logit_clamp_max is not None:
+            if logit_clamp_max <= 0:
+                logit_clamp_max = None
+            else:
+                check_limit("logit_clamp_max", logit_clamp_max)
         self.bg_weight_cap = bg_weight_cap
         self.fg_weight_cap = fg_weight_cap
         self.min_class_weight = min_class_weight
         self.reduction = reduction
         self.ignore_index = ignore_index
-        self.logit_clamp_max = logit_clamp_max if bounded else None
+        self.logit_clamp_max = logit_clamp_max
         self.logit_clamp_form = logit_clamp_form
         self.class_weighting = class_weighting
         self.out_of_range = out_of_range

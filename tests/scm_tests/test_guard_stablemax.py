@@ -299,7 +299,11 @@ def test_losses_are_vectorised_over_trials(loss):
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "reduction": ({"reduction": "median"}, "reduction must be one of mean, canvas_mean, sum, none, got"),
-    "clamp form": ({"logit_clamp_form": "clip"}, "form must be one of hard, soft, straight_through"),
+    "clamp": ({"logit_clamp_max": NAN}, "logit_clamp_max must be finite and > 0, got logit_clamp_max=nan"),
+    "clamp form": (
+        {"logit_clamp_form": "clip"},
+        "logit_clamp_form must be one of hard, soft, straight_through",
+    ),
     "weighting": ({"class_weighting": "sqrt"}, "class_weighting must be one of reference, smooth, got"),
     "out of range": ({"out_of_range": "clamp"}, "out_of_range must be one of raise, ignore, got"),
     "cap": ({"fg_weight_cap": 0.0}, "fg_weight_cap must be finite and > 0, got fg_weight_cap=0.0"),
