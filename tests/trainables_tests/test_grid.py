@@ -588,20 +588,22 @@ def test_consensus_counts_views_that_agree(task: GridTask, train: Split, squares
     found = consensus(Copies(), task, train)
     assert found.share == 1.0
     assert found.different == 1.0
-    assert found.means_something
+    assert found.trusted
     assert torch.equal(view_answers(Copies(), task, train)[3], train.extras["asked"])
     # Turned back, the corner is one of the four corners of the grid, for two of the eight views each.
     corner = consensus(SaysWhereItStands(), squares, squares.splits(0)["train"])
     assert corner.share == 0.25
     assert corner.different == 4.0
+    assert corner.ties == 1.0
 
 
 def test_consensus_of_a_constant_answer_means_nothing(task: GridTask, train: Split) -> None:
     """Agreement is not correctness: who always says the same agrees always, and is told so."""
     found = consensus(SaysOneColour(), task, train)
     assert found.share == 1.0
-    assert found.varied == 0.0
-    assert not found.means_something
+    assert found.rows == len(train)
+    assert found.distinct == 1
+    assert not found.trusted
 
 
 def test_asking_for_views_leaves_the_model_as_it_was(task: GridTask, train: Split) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from scm.autodiff.policies import gate_tuple
 from scm.data import Split
+from scm.guards.gap import Consensus
+from scm.guards.gap import consensus as vote_on_rows
 from scm.guards.stablemax import FocalWeightedStablemaxLoss, WeightedStablemaxLoss
 from scm.guards.stopping import SparsityRegularization
 from scm.guards.symmetry import D4, Symmetry
@@ -209,11 +211,12 @@ class GridLoss:
     Terms beside it: those of the config on Q (margin, rejection, push_up); `confidence`, the squared
     difference of Q and the share of cells that the answer has right; `clues`, what the stop head pays for
     clues used and for using less than one. No row has an orientation, so that the config's sign term changes
-    nothing, as its `fit` does.
+    nothing, as its `fit` does. `term_weights` are the weights that the config has no knob for, by name.
     """
 
     def __init__(self, params: GridParams, config: TrialConfig) -> None:
         self.params = params
+        self.term_weights = {"confidence": params.confidence_weight, "clues": params.clue_weight}
         self._cells = _make_cell_loss(params.loss)
         self._clues = SparsityRegularization(**_CLUES)
         training: Any = make_training_loss(replace(config, lambda_sign=0.0))
@@ -257,24 +260,6 @@ class GridLoss:
         return terms
 
 
-class Consensus(NamedTuple):
-    """How far a model answers one grid alike, however it is turned.
-
-    share: of the eight views, the mean share that gives the commonest answer; 1/8 where all differ.
-    different: the mean number of different answers to one grid. varied: `varied_places` of the commonest
-    answers.
-    """
-
-    share: float
-    different: float
-    varied: float
-
-    @property
-    def means_something(self) -> bool:
-        """Whether different grids are answered differently at all; a model that never does agrees always."""
-        return self.varied > 0
-
-
 def view_answers(model: nn.Module, task: GridTask, split: Split, *, batch_size: int = 256) -> Tensor:
     """The colours (8, N, S, S) that a model answers to each view of each row, turned back; -1 outside.
 
@@ -295,24 +280,20 @@ def view_answers(model: nn.Module, task: GridTask, split: Split, *, batch_size: 
                 views.append(torch.cat(parts).masked_fill(outside, OUTSIDE))
     finally:
         model.train(was_training)
-    return torch.stack(views).clone()
+    return torch.stack(views)
 
 
 def consensus(model: nn.Module, task: GridTask, split: Split) -> Consensus:
-    """Vote over the eight views of each row of a split, by whole answers."""
+    """Vote over the eight views of each row of a split, by whole grids (see `scm.guards.gap.consensus`).
+
+    `distinct` is 1, and the result not `trusted`, also where answers differ in nothing but their sizes.
+    """
     answers = view_answers(model, task, split)
-    views, grids = answers.shape[:2]
-    flat = answers.flatten(2)
-    alike = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1)  # (8, 8, N)
-    votes = alike.sum(dim=0)  # of each view's answer
-    first = ~torch.stack([alike[:view, view].any(dim=0) for view in range(views)])
-    winner = votes.argmax(dim=0)
-    chosen = flat[winner, torch.arange(grids)]
-    return Consensus(
-        share=float(votes.amax(dim=0).double().mean()) / views,
-        different=float(first.sum(dim=0).double().mean()),
-        varied=varied_places(chosen),
+    found = vote_on_rows(
+        [grid[_extent(asked)] for grid in grids]
+        for grids, asked in zip(answers.unbind(dim=1), split.extras["asked"], strict=True)
     )
+    return found if varied_places(answers[0]) > 0 else found._replace(distinct=1)
 
 
 def varied_places(answers: Tensor) -> float:
@@ -333,6 +314,12 @@ def called_colours(scores: Tensor) -> Tensor:
     best = scores.amax(dim=1, keepdim=True)
     alone = (scores == best).sum(dim=1) == 1
     return torch.where(alone, scores.argmax(dim=1), OUTSIDE)
+
+
+def _extent(canvas: Tensor) -> tuple[slice, slice]:
+    """Where the grid lies on its canvas (S, S)."""
+    inside = canvas != OUTSIDE
+    return slice(0, int(inside.any(dim=1).sum())), slice(0, int(inside.any(dim=0).sum()))
 
 
 class _Restored:
