@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from scm.data import Split
+from scm.guards.budget import BudgetGuard
+from scm.guards.consistency import EquivarianceGuard, OutputEquivarianceLoss, proper
+from scm.guards.gap import GapWatch
 from scm.guards.range import RangeGuard, SaturationGuard
 from scm.guards.spread import SpreadGuard, projective_residual
+from scm.guards.symmetry import Symmetry, check_symmetries
 from scm.inference.strict import InferenceConfig, strict_inference
 from scm.losses.terms import LossTerms
 from scm.losses.training import LossConfig, SCMTrainingLoss
@@ -158,6 +162,8 @@ class Around(NamedTuple):
     val_loader: Any  # None without a val split
     seed: int
     device: torch.device
+    loss_fn: Any = None  # its `term_weights`, by name, are those of terms that no knob weighs
+    symmetries: Mapping[str, Symmetry] | None = None  # of the task, where it has any
 
 
 def make_companions(config: TrialConfig, around: Around) -> list[Companion]:
@@ -199,6 +205,59 @@ def _pole_loss(config: TrialConfig, around: Around) -> Companion | None:
     return PoleLossTerm(config.lambda_pole, proximity_threshold=config.pole_threshold)
 
 
+def _equivariance_guard(config: TrialConfig, around: Around) -> Companion | None:
+    if config.lambda_equivariance == 0:
+        return None
+    symmetries = proper(around.symmetries or {})
+    if not symmetries:
+        raise ValueError(
+            "lambda_equivariance needs a task with a method symmetries(), which says under what its answers "
+            f"should be alike, got lambda_equivariance={config.lambda_equivariance!r} without one"
+        )
+    if config.equivariance_views > len(symmetries):
+        raise ValueError(
+            f"equivariance_views must be <= {len(symmetries)}, the number of the task's symmetries beside "
+            f"the identity, got equivariance_views={config.equivariance_views!r}"
+        )
+    check_symmetries(symmetries, around.train_loader.inputs[:8])
+    amp_dtype = None
+    if config.mixed_precision:
+        amp_dtype = DTYPES[config.amp_dtype] if around.device.type == "cuda" else torch.bfloat16
+    loss = OutputEquivarianceLoss(
+        symmetries,
+        distance=config.equivariance_distance,
+        views=config.equivariance_views,
+        generator=generator(around.seed, "equivariance"),
+    )
+    return EquivarianceGuard(loss, config.lambda_equivariance, amp_dtype=amp_dtype)
+
+
+def _gap_watch(config: TrialConfig, around: Around) -> Companion | None:
+    if not config.gap_watch:
+        return None
+    return GapWatch(around.model, around.train_loader, around.val_loader)
+
+
+def _budget_guard(config: TrialConfig, around: Around) -> Companion | None:
+    if config.cap_ratio is None:
+        return None
+    weights = {
+        "margin": config.lambda_margin,
+        "sign": config.lambda_sign,
+        "rejection": config.lambda_rej,
+        "push_down": config.lambda_push_down,
+        "push_up": config.lambda_push_up,
+        "saturation": config.lambda_saturation,
+        "spread": config.lambda_spread,
+        "tag": config.lambda_tag,
+        "pole": config.lambda_pole,
+        "equivariance": config.lambda_equivariance,
+        **getattr(around.loss_fn, "term_weights", {}),
+    }
+    currency, floor = config.cap_currency, config.cap_floor
+    return BudgetGuard(config.cap_ratio, currency=currency, floor=floor, weights=weights)
+
+
 def _hybrid_schedule(config: TrialConfig, around: Around) -> Companion | None:
     if config.hybrid_schedule == "none" or config.fit != "quotient":
         return None
@@ -221,9 +280,10 @@ def _near_pole_feedback(config: TrialConfig, around: Around) -> Companion | None
 
 
 # One function a family, None where the config does not ask for it. The order is that of the calls: what
-# bounds outputs comes before what looks at them, what weighs all terms against each other after those who
-# add some.
+# bounds outputs comes before what looks at them, but for what compares them with raw ones; what weighs all
+# terms against each other comes after those who add some.
 _COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {
+    "equivariance": _equivariance_guard,
     "range": _range_guard,
     "saturation": _saturation_guard,
     "spread": _spread_guard,
@@ -231,6 +291,8 @@ _COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {
     "pole": _pole_loss,
     "hybrid": _hybrid_schedule,
     "sampling": _near_pole_feedback,
+    "gap": _gap_watch,
+    "budget": _budget_guard,
 }
 
 
@@ -245,13 +307,14 @@ def make_trainer(
     device: str | torch.device = "cpu",
     log_hook: Callable[[Mapping[str, Any]], object] | None = None,
     companions: Sequence[Companion] = (),
+    symmetries: Mapping[str, Symmetry] | None = None,
 ) -> SCMTrainer:
     """Make the trainer of one trial; equal arguments give bit-equal weights on the same device and software.
 
     The model is built under the trial's own seed and put into `config.dtype`, as are the data. Without
     `loss_fn` the objective is that of `make_training_loss`. `companions` are called before those that the
-    config asks for. Raises what `SCMTrainer` raises, and
-    RuntimeError from torch when the device is absent.
+    config asks for. `symmetries` are those under which answers should be alike: `lambda_equivariance` needs
+    them. Raises what `SCMTrainer` raises, and RuntimeError from torch when the device is absent.
     """
     dtype = DTYPES[config.dtype]
     with seeded_init(seed, "init"):
@@ -263,7 +326,8 @@ def make_trainer(
     val_batches = None
     if val is not None:
         val_batches = _batches(val, dtype, max(config.batch_size, _VALIDATION_ROWS), device, None)
-    around = Around(model, optimizer, batches, val_batches, seed, torch.device(device))
+    loss_fn = make_training_loss(config) if loss_fn is None else loss_fn
+    around = Around(model, optimizer, batches, val_batches, seed, torch.device(device), loss_fn, symmetries)
     training = TrainingConfig(
         learning_rate=config.learning_rate,
         max_epochs=config.max_epochs,
@@ -291,7 +355,7 @@ def make_trainer(
     return SCMTrainer(
         model,
         optimizer,
-        make_training_loss(config) if loss_fn is None else loss_fn,
+        loss_fn,
         batches,
         scheduler=make_scheduler(config, optimizer),
         config=training,

@@ -21,7 +21,7 @@ from scm.seeding import seeded_init
 from scm.trial import decode_split, make_trainer
 from scm.trial_config import TrialConfig
 from trainables.configs import resolve_config
-from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits
+from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits, task_symmetries
 
 if TYPE_CHECKING:
     from scm.training.companion import Companion
@@ -144,6 +144,7 @@ def make_task_trainer(
         loss_fn=task.make_loss(config),
         device=device,
         companions=companions,
+        symmetries=task_symmetries(task),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scm.data import Split
+from scm.guards.symmetry import make_symmetries, unchanged
 from scm.models import make_model
 from scm.seeding import generator
 from scm.training.targets import lift_semantic_targets
@@ -47,10 +48,21 @@ BUSY: dict[str, Any] = {
 }
 
 
+# What the target is a function of, x_0 + 0.3 x_1, changes sign, or stays as it is.
+ALONG = torch.tensor([0.3, -1.0])
+MIRRORED = make_symmetries(
+    {
+        "mirror": (torch.neg, torch.neg, lambda outputs: (-outputs[0], *outputs[1:])),
+        "slide": (lambda x: x + ALONG.to(x), lambda x: x - ALONG.to(x), unchanged),
+    },
+    TRAIN.inputs,
+)
+
+
 def trainer_of(seed: int = 0, **knobs: Any) -> SCMTrainer:
     """The trainer of one trial on the two splits."""
     config = TrialConfig.from_flat({**BUSY, **knobs})
-    return make_trainer(config, seed, lambda: make_model(config, 2), TRAIN, VAL)
+    return make_trainer(config, seed, lambda: make_model(config, 2), TRAIN, VAL, symmetries=MIRRORED)
 
 
 def weights_of(trainer: SCMTrainer) -> Tensor:
@@ -59,10 +71,11 @@ def weights_of(trainer: SCMTrainer) -> Tensor:
 
 
 def outcome(seed: int = 0, **knobs: Any) -> tuple[Tensor, list[dict[str, float]]]:
-    """Train to the end; return weights and validation."""
+    """Train to the end; return weights, and validation with what companions say."""
     trainer = trainer_of(seed, **knobs)
     trainer.fit()
-    return weights_of(trainer), trainer.val_history
+    said = [trainer.telemetry()] if trainer.telemetry() else []
+    return weights_of(trainer), trainer.val_history + said
 
 
 @pytest.mark.parametrize(
@@ -168,6 +181,13 @@ OTHER: dict[str, Any] = {
     "saturation_threshold": 1.0,
     "lambda_spread": 1.0,
     "target_spread": 0.01,
+    "cap_ratio": 0.25,
+    "cap_currency": "gradient",
+    "cap_floor": 0.8,
+    "lambda_equivariance": 1.0,
+    "equivariance_views": 1,
+    "equivariance_distance": "l2",
+    "gap_watch": True,
     "head": "angular",
     "hidden_width": 9,
     "hidden_depth": 1,
@@ -201,6 +221,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "output_bound_form": {"output_bound": 0.5},
     "saturation_threshold": {"lambda_saturation": 1.0},
     "target_spread": {"lambda_spread": 1.0},
+    "cap_currency": {"cap_ratio": 0.1},
+    "cap_floor": {"cap_ratio": 0.1},
+    "equivariance_views": {"lambda_equivariance": 1.0},
+    "equivariance_distance": {"lambda_equivariance": 1.0},
 }
 # These act when a training ends, judge it, or meet what is not finite; amp_dtype on CUDA.
 JUDGES = {

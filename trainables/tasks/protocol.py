@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from scm.data import Split
+    from scm.guards.symmetry import Symmetry
     from scm.losses.terms import LossTerms
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
@@ -47,6 +48,9 @@ class Task(Protocol):
 
     A task is deterministic: the same seed gives the same splits, and nothing that a trial does with a task
     changes what the next trial gets from it (one task object serves many trials of one process).
+
+    It may also have a method ``symmetries()``, which maps names to `scm.guards.symmetry.Symmetry`: what may
+    be done to inputs with a known effect on the right answers. `lambda_equivariance` needs it.
     """
 
     name: str
@@ -88,6 +92,25 @@ def check_task(task: object, where: str) -> None:
     for method, usage in _METHODS.items():
         if not callable(getattr(task, method, None)):
             raise TaskError(f"{where} is no task: it lacks the method {usage}")
+
+
+def task_symmetries(task: object) -> Mapping[str, Symmetry] | None:
+    """Give what the task's `symmetries()` does, None where it has none; `TaskError` for anything else."""
+    method = getattr(task, "symmetries", None)
+    if method is None:
+        return None
+    from scm.guards.symmetry import Symmetry  # torch loads here, where a model is about to be trained
+
+    where = getattr(task, "name", type(task).__name__)
+    found = method() if callable(method) else method
+    if not isinstance(found, Mapping):
+        raise TaskError(f"{where}: symmetries() must return a mapping, got {type(found).__name__}")
+    for name, item in found.items():
+        if not isinstance(item, Symmetry):
+            raise TaskError(
+                f"{where}: symmetries() must hold scm.guards.symmetry.Symmetry, got {name}={item!r}"
+            )
+    return found
 
 
 def check_splits(splits: object, where: str) -> None:
