@@ -25,8 +25,7 @@ from search_spaces.space import Space, condition_text
 from trainables.configs import active_knobs, resolve_config
 
 if TYPE_CHECKING:
-    from scm.data import Split
-    from trainables.brief import Evidence
+    from trainables.brief import Evidence, Splits
     from trainables.tasks.protocol import Task
 
 ROWS = 128
@@ -223,7 +222,7 @@ def _judge(
 class _Bench:
     """The plan's task on few rows, the configs that knobs are moved in, and what was trained already."""
 
-    def __init__(self, plan: Plan, task: Task, splits: Mapping[str, Split], space: Space) -> None:
+    def __init__(self, plan: Plan, task: Task, splits: Splits, space: Space) -> None:
         from trainables.brief import brief_splits, poisoned_splits
 
         self.fixed = dict(plan.config)
@@ -232,7 +231,7 @@ class _Bench:
         self._seed = plan.seeds[0]
         self.rows = max(ROWS, 2 * max(_values_of(space, "batch_size", self.fixed.get("batch_size", 32))))
         few = brief_splits(splits, self.rows, self._seed)
-        self._splits: dict[bool, Mapping[str, Split] | None] = {False: few, True: None}
+        self._splits: dict[bool, Splits | None] = {False: few, True: None}
         if few["train"].inputs.is_floating_point():
             self._splits[True] = poisoned_splits(few)
         halves = any(_values_of(space, "mixed_precision", self.fixed.get("mixed_precision", False)))

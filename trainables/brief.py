@@ -18,6 +18,8 @@ from scm.trial_config import TrialConfig
 from trainables.tasks.protocol import Task
 from trainables.trial import TrialRun, make_task_trainer
 
+Splits = Mapping[str, Split]
+
 # What a config says of itself, and what a clock says: neither shows that a knob acts.
 _NO_EVIDENCE = frozenset({"target_coverage", "lr", "step_time_ms", "duration_s", "epoch"})
 _TELEMETRY = "telemetry."
@@ -43,7 +45,7 @@ class Evidence:
         return _apart(self.telemetry, other.telemetry, tolerance)
 
 
-def train_briefly(task: Task, config: Mapping[str, Any], seed: int, splits: Mapping[str, Split]) -> Evidence:
+def train_briefly(task: Task, config: Mapping[str, Any], seed: int, splits: Splits) -> Evidence:
     """Train one config on the given splits to its end, on the CPU; a training that fails is evidence too."""
     run = TrialRun(task, config, seed, splits=splits)
     numbers: dict[str, float] = {}
@@ -62,9 +64,7 @@ def train_briefly(task: Task, config: Mapping[str, Any], seed: int, splits: Mapp
     return Evidence(outcome["status"], outcome["stop_reason"], outcome["error"], numbers, telemetry)
 
 
-def watch_terms(
-    task: Task, config: Mapping[str, Any], seed: int, splits: Mapping[str, Split]
-) -> dict[str, str]:
+def watch_terms(task: Task, config: Mapping[str, Any], seed: int, splits: Splits) -> dict[str, str]:
     """Train one config; return the weighted terms of its loss, with why where one did nothing in any step.
 
     Raises whatever the task or the training raises. Of a loss of the task's own that does not give its terms,
@@ -78,12 +78,12 @@ def watch_terms(
     return watch.told()
 
 
-def brief_splits(splits: Mapping[str, Split], rows: int, seed: int) -> dict[str, Split]:
+def brief_splits(splits: Splits, rows: int, seed: int) -> dict[str, Split]:
     """At most `rows` rows of each split, drawn with the seed and in their order; bottoms stay among them."""
     return {name: _few(split, rows, seed) for name, split in splits.items()}
 
 
-def poisoned_splits(splits: Mapping[str, Split]) -> dict[str, Split]:
+def poisoned_splits(splits: Splits) -> dict[str, Split]:
     """The splits with every fifth training row's inputs NaN; ValueError for inputs that are no floats."""
     train = splits["train"]
     if not train.inputs.is_floating_point():
