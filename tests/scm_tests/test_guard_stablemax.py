@@ -380,6 +380,19 @@ def test_a_straight_through_clamp_has_the_recorded_values(loss):
     assert (gradient_of(through, logits)[logits.abs() > 50] != 0).all()
 
 
+@pytest.mark.parametrize(
+    "clamp, least, most", [(50.0, 0.003454, 7.8671), (0.0, 9.0e-6, 13.8175)], ids=["clamped", "not clamped"]
+)
+def test_a_loss_without_an_exponential_has_a_floor_and_a_ceiling(clamp, least, most):
+    """With ten classes, however sure the logits are: a cap on auxiliary terms may count on the floor."""
+    loss = WeightedStablemaxLoss(logit_clamp_max=clamp)
+    sure = torch.full((1, 10, 1), -1e6, dtype=torch.float64)
+    sure[0, 0] = 1e6
+    assert loss(sure, torch.tensor([[0]])).item() == pytest.approx(least, rel=1e-3)
+    wrong = -sure
+    assert loss(wrong, torch.tensor([[0]])).item() == pytest.approx(most, rel=1e-5)
+
+
 @pytest.mark.parametrize("off", [0.0, -1.0, None])
 def test_a_clamp_can_be_left_out(off):
     """None, 0 and below leave logits as they are."""
