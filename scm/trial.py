@@ -254,8 +254,9 @@ def _budget_guard(config: TrialConfig, around: Around) -> Companion | None:
         "equivariance": config.lambda_equivariance,
         **getattr(around.loss_fn, "term_weights", {}),
     }
-    currency, floor = config.cap_currency, config.cap_floor
-    return BudgetGuard(config.cap_ratio, currency=currency, floor=floor, weights=weights)
+    # The reference's rule has a floor of its own.
+    floor = 0.0 if config.cap_currency == "reference" else config.cap_floor
+    return BudgetGuard(config.cap_ratio, currency=config.cap_currency, floor=floor, weights=weights)
 
 
 def _hybrid_schedule(config: TrialConfig, around: Around) -> Companion | None:

@@ -155,7 +155,7 @@ class TrialConfig:
     target_spread: float = _knob(0.5, _NOT_NEGATIVE, lambda_spread=POSITIVE)
     cap_ratio: float | None = _knob(None, _DECAY)
     cap_currency: str = _knob("loss", choices=("loss", "gradient", "reference"), cap_ratio=GIVEN)
-    cap_floor: float = _knob(0.0, _SHARE, cap_ratio=GIVEN)
+    cap_floor: float = _knob(0.0, _SHARE, cap_ratio=GIVEN, cap_currency=("loss", "gradient"))
     lambda_equivariance: float = _knob(0.0, _NOT_NEGATIVE)
     equivariance_views: int = _knob(2, _AT_LEAST_ONE, lambda_equivariance=POSITIVE)
     equivariance_distance: str = _knob("kl", choices=("kl", "l2"), lambda_equivariance=POSITIVE)

@@ -20,6 +20,7 @@ _SOFT = {"coverage_term": ("soft",)}
 _MULTIHEAD = {"head": ("multihead",)}
 _POLYNOMIAL = {"head": ("multihead", "tr_rational")}
 
+_CAPPED = {"cap_ratio": (0.1, 0.25, 0.5)}
 _NEAR_POLE = {"sampling": ("near_pole",)}
 _QUOTIENT = {"fit": ("quotient",)}
 _HYBRID = {**_QUOTIENT, "hybrid_schedule": ("linear", "cosine", "exponential")}
@@ -160,8 +161,22 @@ _APART = (
             "saturation_threshold": Float(1.0, 20.0),
             "lambda_spread": Float(1e-2, 10.0, log=True),
             "target_spread": Float(0.02, 0.4),
+            "cap_ratio": Choice((None, 0.1, 0.25, 0.5)),
+            "cap_currency": Choice(("loss", "gradient", "reference"), when=_CAPPED),
+            # The reference's rule has a floor of its own.
+            "cap_floor": Float(1e-3, 0.3, log=True, when={**_CAPPED, "cap_currency": ("loss", "gradient")}),
         },
-        description="Guards of stability: bounded outputs, gates kept where they can move, rows kept apart.",
+        description="Guards of stability: bounded outputs, gates kept where they can move, rows kept apart, "
+        "terms beside the fit kept to a share.",
+    ),
+    Space(
+        "equivariance",
+        {
+            "lambda_equivariance": Float(1e-2, 10.0, log=True),
+            "equivariance_views": Int(1, 3),
+            "equivariance_distance": Choice(("kl", "l2")),
+        },
+        description="How hard answers to transformed inputs are kept alike; for tasks with symmetries().",
     ),
 )
 

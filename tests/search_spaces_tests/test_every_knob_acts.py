@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scm.data import Split
+from scm.guards.symmetry import make_symmetries, unchanged
 from scm.models import make_model
 from scm.training.targets import STATUS_CODES, lift_semantic_targets
 from scm.trial import decode_split, make_trainer
@@ -64,6 +66,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{knob: {"sampling_strength": 8.0} for knob in SPACES["sampling"].domains},
     "saturation_threshold": {"lambda_saturation": 1.0, "coverage_temperature": 1e-2},
     "target_spread": {"lambda_spread": 1.0},
+    "cap_floor": {"cap_ratio": 0.1},
+    "equivariance_views": {"lambda_equivariance": 1.0},
+    "equivariance_distance": {"lambda_equivariance": 1.0},
     "pole_threshold": {"lambda_pole": 1.0},
     # Over a low threshold every answer of a small batch may have a value: what the weight adapts to.
     "tag_labels": {"lambda_tag": 1.0},
@@ -92,10 +97,31 @@ def problem(seed: int, rows: int = 160) -> Split:
 TRAIN, HELD_OUT = problem(0), problem(1)
 
 
+def turned(*signs: float) -> Callable[[Tensor], Tensor]:
+    """Change the signs of the inputs."""
+    return lambda inputs: inputs * torch.tensor(signs, dtype=inputs.dtype)
+
+
+def odd(outputs: Any) -> Any:
+    """Change the sign of the answers."""
+    return (-outputs[0], *outputs[1:])
+
+
+# 20 / x changes sign with its first input, and does not see the second.
+MIRRORED = make_symmetries(
+    {
+        "first": (turned(-1, 1), turned(-1, 1), odd),
+        "second": (turned(1, -1), turned(1, -1), unchanged),
+        "both": (turned(-1, -1), turned(-1, -1), odd),
+    },
+    TRAIN.inputs,
+)
+
+
 def outcome(config: dict[str, Any]) -> tuple[list[Tensor], Tensor, Tensor]:
     """The trained weights, the held-out bottoms and the held-out answers, 0 at bottoms."""
     trial = TrialConfig.from_flat(config)
-    trainer = make_trainer(trial, 0, lambda: make_model(trial, 2), TRAIN, None)
+    trainer = make_trainer(trial, 0, lambda: make_model(trial, 2), TRAIN, None, symmetries=MIRRORED)
     trainer.fit()
     assert trainer.status == "completed", trainer.stop_reason
     decoded = decode_split(trainer.model, HELD_OUT, tau_infer=trial.tau_infer)

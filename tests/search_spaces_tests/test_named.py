@@ -21,12 +21,13 @@ EXPECTED = {
     "model_size",
     "default",
     "guards",
+    "equivariance",
     "pole_head",
     "tag_loss",
     "hybrid",
     "sampling",
 }
-APART = {"guards", "pole_head", "tag_loss", "hybrid", "sampling"}  # asked for by name alone
+APART = {"guards", "equivariance", "pole_head", "tag_loss", "hybrid", "sampling"}  # asked for by name alone
 KNOBS_IN_SPACES = [
     (name, knob) for name, space in SPACES.items() if name != "default" for knob in space.domains
 ]
