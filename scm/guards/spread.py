@@ -225,7 +225,7 @@ def projective_residual(moment: Moment) -> Tensor | None:
     """
     outputs = moment.outputs
     Y_n, Y_d = moment.fed.lifted
-    if not isinstance(outputs, (tuple, list)) or outputs[0].shape != Y_n.shape:
+    if not isinstance(outputs, (tuple, list)) or any(item.shape != Y_n.shape for item in outputs[:2]):
         return None
     P, Q = outputs[0].detach(), outputs[1].detach()
     residual = (P * Y_d - Q * Y_n).abs()
