@@ -381,16 +381,18 @@ def test_a_straight_through_clamp_has_the_recorded_values(loss):
 
 
 @pytest.mark.parametrize(
-    "clamp, least, most", [(50.0, 0.003454, 7.8671), (0.0, 9.0e-6, 13.8175)], ids=["clamped", "not clamped"]
+    "clamp, right, wrong",
+    [(50.0, 0.003454, 7.8671), (0.0, 8.982e-6, 13.8175)],
+    ids=["clamped", "not clamped"],
 )
-def test_a_loss_without_an_exponential_has_a_floor_and_a_ceiling(clamp, least, most):
-    """With ten classes, however sure the logits are: a cap on auxiliary terms may count on the floor."""
-    loss = WeightedStablemaxLoss(logit_clamp_max=clamp)
-    sure = torch.full((1, 10, 1), -1e6, dtype=torch.float64)
-    sure[0, 0] = 1e6
-    assert loss(sure, torch.tensor([[0]])).item() == pytest.approx(least, rel=1e-3)
-    wrong = -sure
-    assert loss(wrong, torch.tensor([[0]])).item() == pytest.approx(most, rel=1e-5)
+def test_the_surest_answer_costs_more_than_nothing_and_no_more_than_so_much(clamp, right, wrong):
+    """However large the one logit is that stands out of ten: a cap on other terms may count on the floor."""
+    loss = WeightedStablemaxLoss(logit_clamp_max=clamp, bg_weight_cap=1.0)
+    logits = torch.full((1, 10, 1), -1e6, dtype=torch.float64)
+    logits[0, 0] = 1e6
+    assert loss(logits, torch.tensor([[0]])).item() == pytest.approx(right, rel=1e-3)
+    # The weight of the one class that is there is 1 under the recorded law, up to its rounding.
+    assert loss(logits, torch.tensor([[1]])).item() == pytest.approx(wrong, rel=1e-4)
 
 
 @pytest.mark.parametrize("off", [0.0, -1.0, None])
