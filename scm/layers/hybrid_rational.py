@@ -122,7 +122,7 @@ class NearPoleStatistics:
         )
         # In the order of the sizes the reciprocals descend: their quantiles lie from the other end.
         last = (batch[0] - 1.0).clamp_min(0.0)
-        places = last * torch.tensor(_QUANTILES, dtype=torch.float64, device=size.device)
+        places = torch.stack([share * last for share in _QUANTILES])
         q, g = _between(ordered, places), _between(1.0 / ordered.clamp_min(_SMALLEST), last - places)
         row = torch.stack([low, batch[5] / batch[0], *q, *g, batch[1] / batch[0]])
         self._batch = torch.where(batch[0] > 0, row, math.nan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -166,7 +167,7 @@ class TRRational(nn.Module):
         penalty = 0.5 * self.alpha_phi * self.phi.square().sum()
         if self.enable_coprime_regularizer and self.lambda_coprime > 0.0:
             low, high = getattr(self.basis, "domain", (-1.0, 1.0))
-            points = torch.tensor(_COPRIME_POINTS, dtype=self.phi.dtype, device=self.phi.device)
+            points = _coprime_points(str(self.phi.device), self.phi.dtype)
             points = 0.5 * (low + high) + 0.5 * (high - low) * points
             P, Q = self._tuple(points if self.output_dim is None else points.unsqueeze(-1))
             penalty = penalty + self.lambda_coprime * (1.0 / ((1.0 + P.abs()) * (1.0 + Q.abs()))).sum()
@@ -297,6 +298,13 @@ def real_quotient(P: Tensor, Q: Tensor, policy: TagPolicy = ALGEBRAIC) -> tuple[
     # 0/1 where no gradient passes: the division's own derivative stays finite there.
     value = torch.where(passes, P, torch.zeros_like(P)) / torch.where(passes, Q, torch.ones_like(Q))
     return torch.where(passes, value, quotient), tag
+
+
+@lru_cache(maxsize=16)
+def _coprime_points(device: str, dtype: torch.dtype) -> Tensor:
+    # Kept, because copying them to a device would make the host wait at each step.
+    with torch.inference_mode(False):
+        return torch.tensor(_COPRIME_POINTS, dtype=dtype, device=device)
 
 
 def _alternating(scale: float, count: int) -> Tensor:

@@ -17,6 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from scm.core.tags import TRTag
+from scm.losses.rowwise import (
+    Reduced,
+    as_rows_of,
+    mean_over,
+    reduce_rows,
+    rows_that_count,
+    weights_of_rows,
+)
 
 TAG_WEIGHT = 0.5
 
@@ -45,34 +53,52 @@ def pole_targets(
 
     Differs from zeroproof 0.1.0: a source that does not know a row leaves it to the next one.
     """
-    target, weight = torch.zeros_like(like), torch.zeros_like(like)
+    target: Tensor | None = None
+    weight: Tensor | None = None
     if tags is not None:
         target = (tags != TRTag.REAL).to(like.dtype)
         weight = torch.full_like(like, TAG_WEIGHT)
     if q_abs is not None:
-        known = ~torch.isnan(q_abs.detach())
-        target = torch.where(known, (q_abs.detach() < proximity_threshold).to(like.dtype), target)
-        weight = torch.where(known, 1.0 - teacher_weight, weight)
+        size = q_abs.detach()  # known where it equals itself: NaN does not
+        target, weight = _preferred(
+            size == size, (size < proximity_threshold).to(like.dtype), 1.0 - teacher_weight, target, weight
+        )
     if teacher is not None:
         said = teacher.detach().to(like.dtype)
-        known = ~torch.isnan(said)
-        target = torch.where(known, said, target)
-        weight = torch.where(known, teacher_weight, weight)
+        target, weight = _preferred(said == said, said, teacher_weight, target, weight)
+    if target is None or weight is None:
+        return PoleTargets(torch.zeros_like(like), torch.zeros_like(like))
     return PoleTargets(target, weight)
 
 
-def _bce(logits: Tensor, target: Tensor, normalized: bool) -> Tensor:
-    return functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+def _preferred(
+    known: Tensor, said: Tensor, its_weight: float | Tensor, target: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what a source says where it knows, with its weight, and elsewhere what was there, or 0."""
+    none = torch.zeros((), dtype=said.dtype, device=said.device)
+    return (
+        torch.where(known, said, none if target is None else target),
+        torch.where(known, its_weight, none if weight is None else weight),
+    )
 
 
-def _squared(logits: Tensor, target: Tensor, normalized: bool) -> Tensor:
-    return ((torch.sigmoid(logits) if normalized else logits) - target).square()
+def _bce(logits: Tensor, target: Tensor, normalized: bool) -> tuple[Tensor, Tensor]:
+    # -log σ(-z) - t·z is -t·log σ(z) - (1-t)·log σ(-z), without the log of a 0.
+    return -functional.logsigmoid(-logits) - target * logits, torch.sigmoid(logits) - target
 
 
-FORMS: Mapping[str, Callable[[Tensor, Tensor, bool], Tensor]] = MappingProxyType(
+def _squared(logits: Tensor, target: Tensor, normalized: bool) -> tuple[Tensor, Tensor]:
+    if not normalized:
+        return (logits - target).square(), 2.0 * (logits - target)
+    score = torch.sigmoid(logits)
+    error = score - target
+    return error.square(), 2.0 * error * score * (1.0 - score)
+
+
+FORMS: Mapping[str, Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]] = MappingProxyType(
     {"bce": _bce, "squared": _squared}
 )
-"""By name: logits, targets and whether scores are probabilities -> loss of each row."""
+"""By name: logits, targets and whether scores are probabilities -> loss of each row, and its derivative."""
 
 
 def pole_loss(
@@ -93,17 +119,27 @@ def pole_loss(
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form=}")
-    usable = torch.isfinite(logits.detach())
-    target, weight = targets
-    each = FORMS[form](torch.where(usable, logits, 0.0), torch.where(usable, target, 0.0), normalize_output)
-    counted = (usable & (weight > 0)).to(logits.dtype)
-    if row_weights is not None:
-        counted = counted * row_weights.to(logits.dtype)
-    return (each * weight * counted).sum() / _at_least_something(counted.sum())
+    weights = weights_of_rows(row_weights, logits)
+    return reduce_rows(_pole, logits, *targets, weights, form, normalize_output)
 
 
-def _at_least_something(total: Tensor) -> Tensor:
-    return torch.where(total > 0, total, torch.ones_like(total))
+def _pole(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    row_weights: Tensor | None,
+    form: str,
+    normalized: bool,
+    *,
+    with_gradients: bool,
+) -> Reduced:
+    known = torch.isfinite(logits) & (weight > 0)
+    counted = rows_that_count(known, row_weights)
+    costs, slopes = FORMS[form](torch.where(known, logits, 0.0), torch.where(known, target, 0.0), normalized)
+    loss, share = mean_over(costs * weight, counted, row_weights)
+    if not with_gradients:
+        return Reduced(loss)
+    return Reduced(loss, (as_rows_of(slopes * weight * share, counted, logits),))
 
 
 @dataclass

@@ -18,6 +18,7 @@ from scm.losses.pole import FORMS, PoleCounts, PoleTargets, pole_loss, pole_targ
 if TYPE_CHECKING:
     from scm.training.companion import Moment
 
+_PENDING_BATCHES = 64
 METRICS = ("accuracy", "precision", "recall", "f1")
 
 
@@ -55,9 +56,10 @@ class PoleLossTerm:
         self._forget()
 
     def _forget(self) -> None:
-        self._counts = PoleCounts.none()
-        self._loss = torch.zeros((), dtype=torch.float64)
+        self._counts: PoleCounts | None = None
+        self._loss: Tensor | None = None
         self._batches = 0
+        self._pending: list[tuple[Tensor, PoleTargets, Tensor]] = []
 
     def begin_epoch(self, epoch: int, facts: dict[str, Any]) -> None:
         """Begin the counts of an epoch."""
@@ -77,13 +79,15 @@ class PoleLossTerm:
         weights = moment.fed.extras.get("row_weights") if weights is None else weights
         loss = pole_loss(logits, targets, form=self.form, row_weights=weights)
         moment.terms.auxiliaries["pole"] = self.lambda_pole * loss
-        self._counts = self._counts + PoleCounts.of(logits, targets)
-        self._loss = self._loss.to(loss.device) + loss.detach()
+        self._pending.append((logits.detach(), targets, loss.detach()))
         self._batches += 1
+        if len(self._pending) >= _PENDING_BATCHES:
+            self._flush()
 
     def telemetry(self) -> dict[str, float]:
         """Return the numbers of the newest epoch; NaN before there is one."""
-        if not self._batches:
+        self._flush()
+        if self._counts is None or self._loss is None:
             return dict.fromkeys(("pole_loss", *(f"pole_{name}" for name in METRICS), "pole_rate"), math.nan)
         metrics = self._counts.metrics()
         told = {f"pole_{name}": metrics[name] for name in METRICS}
@@ -91,36 +95,48 @@ class PoleLossTerm:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts of the epoch under way."""
+        self._flush()
         return {
-            "table": self._counts.table.cpu().clone(),
-            "loss": self._loss.cpu().clone(),
+            "table": None if self._counts is None else self._counts.table.cpu().clone(),
+            "loss": None if self._loss is None else self._loss.cpu().clone(),
             "batches": self._batches,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self._counts = PoleCounts(state["table"].clone())
-        self._loss, self._batches = state["loss"].clone(), int(state["batches"])
+        self._pending = []
+        self._counts = None if state["table"] is None else PoleCounts(state["table"].clone())
+        self._loss = None if state["loss"] is None else state["loss"].clone()
+        self._batches = int(state["batches"])
+
+    def _flush(self) -> None:
+        """Count what was put aside, in a few calls for all of it together."""
+        if not self._pending:
+            return
+        logits, targets, losses = zip(*self._pending, strict=True)
+        together = PoleTargets(*(torch.cat(column) for column in zip(*targets, strict=True)))
+        counts, loss = PoleCounts.of(torch.cat(logits), together), torch.stack(losses).double().sum()
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._loss = loss if self._loss is None else self._loss.to(loss.device) + loss
+        self._pending = []
 
     def _targets(self, logits: Tensor, moment: Moment) -> PoleTargets:
         Q = moment.found.get(RAW_OUTPUTS, moment.outputs)[1].detach()
-        q_abs = _per_row(Q.abs()).amin(dim=-1)
         semantic = moment.fed.semantic
         bottom = moment.fed.lifted[1] == 0 if semantic is None else semantic.mask_semantic
-        teacher = torch.where(_per_row(bottom).any(dim=-1), 1.0, math.nan)
         targets = pole_targets(
             logits,
-            teacher=teacher,
-            q_abs=q_abs,
+            teacher=torch.where(_any_output(bottom), 1.0, math.nan),
+            q_abs=Q.abs() if Q.ndim == 1 else Q.abs().flatten(start_dim=1).amin(dim=1),
             teacher_weight=self.teacher_weight,
             proximity_threshold=self.proximity_threshold,
         )
         if semantic is None:
             return targets
-        trained = _per_row(semantic.mask_trained).any(dim=-1)
+        trained = _any_output(semantic.mask_trained)
         return targets._replace(weight=torch.where(trained, targets.weight, 0.0))
 
 
-def _per_row(tensor: Tensor) -> Tensor:
-    """(B, ...) as (B, n)."""
-    return tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor.flatten(start_dim=1)
+def _any_output(mask: Tensor) -> Tensor:
+    """(B, ...) as (B,): the rows of which one output is in the mask."""
+    return mask if mask.ndim == 1 else mask.flatten(start_dim=1).any(dim=1)

@@ -110,6 +110,21 @@ def test_rows_that_do_not_count_leave_the_others_alone(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients_are_those_of_finite_differences(form, normalize):
+    """Once and twice, with and without weights of the rows."""
+    score = torch.linspace(-3, 3, 5, dtype=F64).requires_grad_()
+    targets = PoleTargets(tensor([1.0, 0.0, 0.25, 1.0, 0.0]), tensor([0.5, 0.5, 0.3, 0.0, 0.7]))
+    for weights in (None, tensor([1.0, 2.0, 0.0, 1.0, 0.5])):
+
+        def loss(score, weights=weights):
+            return pole_loss(score, targets, form=form, normalize_output=normalize, row_weights=weights)
+
+        assert torch.autograd.gradcheck(loss, score)
+        assert torch.autograd.gradgradcheck(loss, score)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [0, 3])
 def test_without_a_row_that_counts_the_loss_is_zero(form, rows):
     """Also on batches of no rows, with finite gradients."""
