@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scm.losses.terms import LossTerms
-from scm.training.companion import Moment
+
+if TYPE_CHECKING:
+    from scm.training.companion import Moment
 
 CAP_RULES = ("loss", "reference")
 CAP_CURRENCIES = ("loss", "gradient", "reference")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from scm.autodiff.policies import gate_tuple
 from scm.guards.symmetry import D4, Symmetry, select
 from scm.losses.rowwise import bool_mask, check_at_least_zero, mean_over
 from scm.losses.terms import LossTerms
-from scm.training.companion import Moment
-from scm.training.targets import SemanticTargets
+
+if TYPE_CHECKING:
+    from scm.training.companion import Moment
+    from scm.training.targets import SemanticTargets
 
 DISTANCES = ("kl", "l2")
 TRAINS = ("original", "views", "both")

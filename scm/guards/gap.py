@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from scm.guards.consistency import compared, evaluating, line_distance, trained_places
 from scm.training.random_state import unmoved_random_state
-from scm.training.targets import SemanticTargets
 
 if TYPE_CHECKING:
     from scm.training.records import EpochReport
+    from scm.training.targets import SemanticTargets
 
 _LINES = 1000  # angles of pairs are told apart in so many steps over half a turn
 

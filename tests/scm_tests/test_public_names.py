@@ -28,14 +28,22 @@ NAMES: dict[str, str] = {
     "apply_policy apply_policy_vector",
     "scm.autodiff.projective": "renormalize ProjectiveNormalize",
     "scm.layers": "ProjectiveRationalMultiHead RRProjectiveRationalModel ProjectiveRRModelConfig "
-    "SCMRationalLayer SCMNorm SCMSoftmax MonomialBasis ChebyshevBasis AngularProjectiveHead",
+    "SCMRationalLayer SCMNorm SCMSoftmax MonomialBasis ChebyshevBasis AngularProjectiveHead "
+    "TRRational HybridTRRational FullyIntegratedRational PoleHead PoleHeadConfig",
+    "scm.layers.tr_rational": "TRRational LayerContract",
+    "scm.layers.hybrid_rational": "HybridTRRational FullyIntegratedRational NearPoleStatistics",
+    "scm.layers.pole_head": "PoleHead PoleHeadConfig",
+    "scm.losses.pole": "pole_loss pole_targets PoleCounts PoleTargets",
     "scm.layers.projective_rational": "ProjectiveRationalMultiHead RRProjectiveRationalModel "
     "ProjectiveRRModelConfig",
     "scm.layers.scm_rational": "SCMRationalLayer MonomialBasis ChebyshevBasis",
     "scm.layers.normalization": "SCMNorm SCMSoftmax",
     "scm.layers.angular_projective": "AngularProjectiveHead",
     "scm.guards": "stablemax log_stablemax WeightedStablemaxLoss FocalWeightedStablemaxLoss bound "
-    "saturation_penalty spread_loss SparsityRegularization RangeGuard SaturationGuard SpreadGuard",
+    "saturation_penalty spread_loss SparsityRegularization RangeGuard SaturationGuard SpreadGuard "
+    "meta_loss_cap Budget GradientBudget BudgetGuard OutputEquivarianceLoss AugmentationEquivarianceLoss "
+    "GroupMarginalizedNLLLoss DegenerateTermDetector EquivarianceGuard Symmetry GapMonitor GapWatch "
+    "normalised_entropy consensus",
     "scm.inference": "strict_inference InferenceConfig SCMInferenceWrapper decode_strict_censored_3way "
     "calibrate",
     "scm.metrics": "tau_infer_sweep_from_q_abs",
