@@ -170,6 +170,20 @@ def test_threshold_itself_is_accepted_and_one_ulp_below_is_not():
     assert rational([1.0], [0.0, 1.0], singular_epsilon=0.0)(tensor([0.0]))[1].item()
 
 
+def test_the_basis_is_evaluated_once_a_forward_pass():
+    """Where a basis says up to which argument it is finite, its columns are computed once for P and Q."""
+
+    class Counted(MonomialBasis):
+        calls = 0
+
+        def __call__(self, x, degree):
+            Counted.calls += 1
+            return super().__call__(x, degree)
+
+    SCMRationalLayer(3, 2, basis=Counted())(torch.ones(4))
+    assert Counted.calls == 1
+
+
 def test_quotients_and_slopes_that_overflow_are_bottoms():
     """A value or a derivative that float32 cannot hold is a bottom, not an infinity."""
     layer = SCMRationalLayer(1, 1, singular_epsilon=0.0)

@@ -192,6 +192,28 @@ def test_the_derivative_by_a_negative_denominator_has_the_right_sign(p, q, negat
     assert Q.grad.item() == pytest.approx(-p / q**2)
 
 
+def test_derivatives_of_quotients_are_the_recorded_exact_ones(vector_group):
+    """In both operands and for both signs of q, where the recorded reference has the sign of one wrong."""
+    cases = vector_group("transreal_division_gradient")
+    assert any(case["q"] < 0 for case in cases)
+    for case in cases:
+        P, Q = tensor(case["p"]).requires_grad_(), tensor(case["q"]).requires_grad_()
+        real_quotient(P, Q)[0].backward()
+        assert (P.grad.item(), Q.grad.item()) == pytest.approx(
+            (case["exact"]["dp"], case["exact"]["dq"]), rel=1e-12
+        )
+
+
+def test_thousands_of_quotients_in_a_row_have_a_gradient():
+    """The backward pass does not recurse: a chain of 4000 divisions is differentiated."""
+    value = x = tensor([1.0]).requires_grad_()
+    divisor = tensor([-1.0])
+    for _ in range(4000):
+        value, _ = real_quotient(value, divisor)
+    value.sum().backward()
+    assert x.grad.item() == 1.0
+
+
 @each_basis
 @pytest.mark.parametrize("output", [None, 2])
 def test_gradients_are_those_of_finite_differences(basis, output):
