@@ -312,6 +312,44 @@ def test_integrated_layers_stack_and_vectorise():
         assert all(torch.allclose(named[name][k], expected[2][name], atol=1e-6) for name in named)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_step_path_never_waits_for_the_device():
+    """On CUDA, answering, recording and shrinking raise nothing where every wait is an error."""
+    layer = HybridTRRational(
+        3,
+        2,
+        output_dim=2,
+        hybrid_schedule=HybridGradientSchedule(),
+        hysteresis=SaturationHysteresis(q_on=0.1, q_off=0.3),
+        enable_coprime_regularizer=True,
+        lambda_coprime=0.1,
+        l1_projection=0.5,
+    ).cuda()
+    x = torch.rand(32, 2, device="cuda")
+    optimizer = torch.optim.Adam(layer.parameters(), fused=True)
+    layer.rational.project_after(optimizer)
+
+    def step(epoch):
+        layer.begin_epoch(epoch)
+        value, tag = layer.value_and_tag(x)
+        loss = torch.where(tag == TRTag.REAL, value, 0.0).square().mean() + layer.regularisation()
+        loss.backward()
+        optimizer.step()
+
+    step(0)  # state moves to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for epoch in (0, 0, 1):
+            step(epoch)
+        distance = layer.rational.estimate_distance(x)
+        q_min = layer.rational.compute_q_min(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(distance).all()
+    assert layer.get_hybrid_statistics()["total_gradient_calls"] == 64
+    assert q_min.item() == pytest.approx(float(layer.rational(x)[1].abs().min()))
+
+
 @pytest.mark.parametrize(
     "build, message",
     [

@@ -258,6 +258,26 @@ def test_importance_weights_of_the_rows_count_in_the_term():
     assert made.terms.auxiliaries["pole"].item() == pytest.approx(expected.item())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_step_path_never_waits_for_the_device():
+    """On CUDA, adding the term and counting raise nothing where every wait is an error."""
+    term = PoleLossTerm(0.5)
+    made = moment(tensor([1.0, -1.0]), tensor([0.0, 5.0]), ["bottom", "finite"])
+    fed = made.fed._replace(semantic=made.fed.semantic.to(torch.device("cuda")))
+    score = torch.ones(2, dtype=F64, device="cuda", requires_grad=True)
+    outputs = (torch.ones(2, device="cuda"), made.outputs[1].cuda(), {"pole_score": score})
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(130):  # what is put aside is counted twice meanwhile
+            made = Moment(model=made.model, fed=fed, facts={}, outputs=outputs)
+            made.terms = LossTerms(torch.zeros((), dtype=F64, device="cuda"))
+            term.after_loss(made)
+            made.terms.total().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert term.telemetry()["pole_rate"] == 0.5
+
+
 def rows_of(seed, rows=96):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.rand((rows, 1), generator=generator, dtype=F64) * 2 - 1
