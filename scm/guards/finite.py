@@ -152,13 +152,16 @@ class FiniteWatch:
 class MicroBatchGate:
     """Let the gradient of a micro-batch join its group only where it and the loss are finite.
 
-    The gradients that were there before are put aside meanwhile: one more buffer of the parameters' size.
-    Where it `waits` (on the CPU, and where a streak has a limit) the host knows at once; elsewhere flags,
-    counts and the weight that was left out stay on the device.
+    The gradients that were there before are put aside meanwhile: one more buffer of the parameters' size. So
+    are the model's buffers, from `begin` before the forward pass on: running statistics are finite again
+    after a micro-batch that was left out. Where it `waits` (on the CPU, and where a streak has a limit) the
+    host knows at once; elsewhere flags, counts and the weight that was left out stay on the device.
     """
 
-    def __init__(self, device: torch.device, *, waits: bool) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, *, waits: bool) -> None:
         self.waits = waits or device.type != "cuda"
+        self._buffers = list(model.buffers())
+        self._kept: list[Tensor] | None = None  # of the buffers, since the micro-batch under way began
         self._found = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
         self._host_drops = {"loss": 0, "gradient": 0}
@@ -166,6 +169,10 @@ class MicroBatchGate:
         self._dropped_weight = torch.zeros((), dtype=torch.float64, device=device)  # of the group under way
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
         self._longest = torch.zeros((), dtype=torch.int64, device=device)
+
+    def begin(self) -> None:
+        """Keep the model's buffers as they are before a micro-batch."""
+        self._kept = [buffer.detach().clone() for buffer in self._buffers]
 
     def join(
         self, loss: Tensor, parameters: Sequence[Tensor], backward: Callable[[], None], weight: float
@@ -175,8 +182,10 @@ class MicroBatchGate:
         Returns whether they were; None where only the device knows. `weight` is what the micro-batch weighs
         in its group.
         """
+        kept, self._kept = self._kept, None
         if self.waits and not math.isfinite(float(loss.detach())):
             self._host_drops["loss"] += 1
+            self._put_back(kept)
             return False
         held = [parameter.grad for parameter in parameters]
         for parameter in parameters:
@@ -189,6 +198,7 @@ class MicroBatchGate:
             good = not bool(self._found)
             if not good:
                 self._host_drops["gradient"] += 1
+                self._put_back(kept)
             for parameter, before in zip(parameters, held, strict=True):
                 parameter.grad = _sum(before, parameter.grad) if good else before
             return good
@@ -196,16 +206,24 @@ class MicroBatchGate:
         bad = bad_loss | (self._found > 0)
         for parameter, before in zip(parameters, held, strict=True):
             if parameter.grad is not None:
-                kept = torch.where(bad.to(parameter.device), 0.0, parameter.grad)
-                parameter.grad = _sum(before, kept)
+                parameter.grad = _sum(before, torch.where(bad.to(parameter.device), 0.0, parameter.grad))
             else:
                 parameter.grad = before
+        self._put_back(kept, bad)
         self._drops["loss"] += bad_loss
         self._drops["gradient"] += bad & ~bad_loss
         self._dropped_weight += bad * weight
         self._streak = (self._streak + 1) * bad
         self._longest = torch.maximum(self._longest, self._streak)
         return None
+
+    def _put_back(self, kept: list[Tensor] | None, bad: Tensor | None = None) -> None:
+        """Return the buffers to what they were, where `bad` holds."""
+        if kept is None:
+            return
+        with torch.no_grad():
+            for buffer, before in zip(self._buffers, kept, strict=True):
+                buffer.copy_(before if bad is None else torch.where(bad.to(buffer.device), before, buffer))
 
     def wait_from_now_on(self) -> None:
         """Take the counts to the host, which knows at once from then on."""
@@ -343,7 +361,8 @@ class FiniteGuard:
     the module, where `again` is given, which runs forward pass and loss once more (at the first bad unit
     only; random states and buffers are put back).
 
-    Healthy steps cost one fused pass over the gradients and one read of its flag.
+    Healthy steps cost one fused pass over the gradients and one read of its flag, and a copy of the model's
+    buffers, if it has any: they are put back when a micro-batch was bad.
     """
 
     def __init__(
@@ -366,13 +385,16 @@ class FiniteGuard:
         self._optimizer = optimizer
         self._parameters = [item for group in optimizer.param_groups for item in group["params"]]
         self._device = self._parameters[0].device
-        self._gate = MicroBatchGate(self._device, waits=True)
+        self._gate = MicroBatchGate(model, self._device, waits=True)
+        if any(True for _ in model.buffers()):
+            model.register_forward_pre_hook(self._begin)
         if action == "skip_micro_batch":
             self.watch.gate = self._gate
         if action == "roll_back":
             self.watch.snapshot = Snapshot(model, optimizer, every=snapshot_steps)
         self._weight = 0.0
         self._bad = False  # a micro-batch of the group under way was
+        self._begun = False  # the model has seen some of the micro-batch under way
 
     @property
     def stopped(self) -> bool:
@@ -407,6 +429,7 @@ class FiniteGuard:
             self._bad = True
             if not self.nan_origin:
                 self.nan_origin = self._origin(loss, again)
+        self._begun = False
         if self.watch.action == "skip_micro_batch":
             self._judge(not good)
         return bool(good)
@@ -430,6 +453,11 @@ class FiniteGuard:
         self._optimizer.zero_grad()
         self._weight, self._bad = 0.0, False
         return taken
+
+    def _begin(self, model: nn.Module, inputs: Any) -> None:
+        if model.training and torch.is_grad_enabled() and not self._begun:
+            self._begun = True
+            self._gate.begin()
 
     def telemetry(self) -> dict[str, float]:
         """Say how many units were bad, see `FiniteWatch.telemetry`."""

@@ -211,7 +211,7 @@ def _gradient_origin(model: nn.Module, terms: dict[str, Tensor], trace: _Trace) 
         visit = trace.backward_origin(lambda module: _has_own(module, spoiled))  # noqa: B023
         reached = f"gradient of loss term {term_name} at {_listed(bad)}"
         if visit is not None and not visit.inputs:
-            return Origin("inputs", "inputs", f"inputs of the model, through {_called(visit)}; {reached}")
+            return Origin("inputs", "inputs", f"inputs of the model; {reached}")
         if visit is not None:
             return Origin("gradient", visit.name, f"backward pass of {_called(visit)}; {reached}")
         behind = next((item for item in reversed(trace.visits) if item.gradient_out is False), None)

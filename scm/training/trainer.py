@@ -148,7 +148,7 @@ class SCMTrainer:
                     "finite_action='skip_micro_batch' needs amp_dtype=torch.bfloat16 or no mixed precision: "
                     "the scale of float16 gradients learns from steps that overflow"
                 )
-            self._watch.gate = MicroBatchGate(self.device, waits=self._watch.limit is not None)
+            self._watch.gate = MicroBatchGate(self.model, self.device, waits=self._watch.limit is not None)
         if self.config.finite_action == "roll_back":
             self._watch.snapshot = Snapshot(self.model, optimizer, every=self.config.snapshot_steps)
         return self._watch.gate, self._watch.snapshot
@@ -368,12 +368,16 @@ class SCMTrainer:
         outputs = self._forward(fed.inputs)
         loss = _scalar(self._loss(outputs, fed, facts))
         weight = self._join_group(fed, facts)
-        if self._guard.watch_loss(loss) and loss.requires_grad:
+        if not self._guard.watch_loss(loss):
+            self._diagnose(self._group[-1:])
+        elif loss.requires_grad:
             self._backward(loss, weight)
         return loss, outputs
 
     def _accompanied(self, fed: Fed, facts: dict[str, Any]) -> tuple[Tensor, Any]:
         """`_forward_backward` with the companions' moments in between."""
+        if self._gate is not None:
+            self._gate.begin()
         moment, outputs = self._met(fed, dict(facts), self._loss_terms)
         assert moment.terms is not None
         loss = _scalar(moment.terms.total())
@@ -381,7 +385,9 @@ class SCMTrainer:
         weight = self._join_group(fed, facts)
         if self._gate is not None:
             self._through_gate(self._gate, moment.terms, loss, weight, before)
-        elif self._guard.watch_loss(loss) and loss.requires_grad:
+        elif not self._guard.watch_loss(loss):
+            self._diagnose(self._group[-1:])
+        elif loss.requires_grad:
             self._backward_terms(moment.terms, loss, weight)
         for meet in self._companions.after_backward:
             meet(moment)
