@@ -17,8 +17,13 @@ from scm.layers.hybrid_rational import FullyIntegratedRational, HybridTRRational
 from scm.layers.pole_head import PoleHead
 from scm.layers.tr_rational import TRRational
 from scm.losses.quotient import quotient_loss
+from scm.losses.training import LossConfig, SCMTrainingLoss
+from scm.training.config import TrainingConfig
 from scm.training.hybrid_schedule import HybridGradientSchedule, SaturationHysteresis
-from scm.training.targets import lift_targets
+from scm.training.loader import TensorBatches
+from scm.training.objective import ProjectiveObjective
+from scm.training.targets import lift_sentinel_targets, lift_targets
+from scm.training.trainer import SCMTrainer
 
 F64 = torch.float64
 ALWAYS = HybridGradientSchedule(
@@ -255,6 +260,46 @@ def test_the_hybrid_layer_says_what_its_rational_layer_says():
     assert layer.bottom_capability(0.1) == "reachable"
     assert [name for name, _ in layer.named_parameters()] == ["rational.theta", "rational.phi"]
     assert not list(layer.buffers())
+
+
+# --- in a training --------------------------------------------------------------------------------
+
+
+def test_the_statistics_go_along_with_a_trainer_epoch_by_epoch(tmp_path):
+    """As a companion they begin with each epoch, say its numbers, and go on from a checkpoint."""
+    x = torch.linspace(-1, 1, 48)
+    targets = lift_sentinel_targets(1.0 / (x - 0.3))
+
+    def make(hook=None):
+        layer = HybridTRRational(1, 1, pole_threshold=0.5)
+        return SCMTrainer(
+            layer,
+            torch.optim.Adam(layer.parameters(), lr=0.1),
+            ProjectiveObjective(SCMTrainingLoss(LossConfig(lambda_rej=0.0))),
+            TensorBatches(x, targets, batch_size=16, generator=torch.Generator().manual_seed(0)),
+            config=TrainingConfig(max_epochs=30, log_hook=hook, log_interval=1, learning_rate=0.1),
+            companions=[layer.statistics],
+        )
+
+    def save(record):
+        if record["step"] == 50:
+            trainer.save_checkpoint(tmp_path / "middle")
+
+    trainer = make(save)
+    told = []
+    for _ in trainer.epochs():
+        found = trainer.model.get_hybrid_statistics()
+        assert found["total_gradient_calls"] == 48
+        told.append(trainer.telemetry())
+    assert told[0]["near_pole_ratio"] == 0.0  # Q begins near 1 everywhere
+    assert told[-1]["near_pole_ratio"] > 0.1
+    assert told[-1]["near_pole_q_min"] < 0.2
+    assert len(trainer.model.statistics.history()["q_min"]) == 29
+    resumed = make()
+    resumed.load_checkpoint(tmp_path / "middle")
+    resumed.fit()
+    assert resumed.telemetry() == pytest.approx(trainer.telemetry(), nan_ok=True)
+    assert torch.equal(resumed.model.rational.phi, trainer.model.rational.phi)
 
 
 # --- everything by name ---------------------------------------------------------------------------
