@@ -283,15 +283,16 @@ class HybridTRRational(nn.Module):
         return self.quotient(*self(x))
 
     def quotient(self, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return P/Q of the newest pass, NaN where it is not REAL, and the codes of `TRTag`.
+        """Return P/Q, NaN where it is not REAL, and the codes of `TRTag`.
 
         Only REAL answers send a gradient. Within the radius of the schedule it is that of a quotient that
         saturates: sign(Q)/√(Q² + b²) in P and −P/(Q² + b²) in Q, b = hybrid_bound, instead of 1/Q and −P/Q².
         """
         value, tag = real_quotient(P, Q, self.rational.tag_policy)
-        if self._delta is None or is_transformed():
+        delta = self._radius(Q)
+        if delta is None:
             return value, tag
-        near = (tag == TRTag.REAL) & (Q.detach().abs() <= self._delta)
+        near = (tag == TRTag.REAL) & (Q.detach().abs() <= delta)
         p, q = torch.where(near, P, torch.zeros_like(P)), torch.where(near, Q, torch.ones_like(Q))
         size = (q.detach().square() + self.hybrid_bound**2).rsqrt()
         surrogate = p * torch.copysign(size, q.detach()) - p.detach() * size.square() * q

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scm.guards.gates import RAW_OUTPUTS, named_tensor
+from scm.losses.coverage import check_share
 from scm.losses.pole import FORMS, PoleCounts, PoleTargets, pole_loss, pole_targets
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class PoleLossTerm:
         for name, value in (("lambda_pole", lambda_pole), ("proximity_threshold", proximity_threshold)):
             if not isinstance(value, Tensor) and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be finite and > 0, got {name}={value!r}")
+        check_share("teacher_weight", teacher_weight)
         self.lambda_pole = lambda_pole
         self.proximity_threshold = proximity_threshold
         self.teacher_weight = teacher_weight

@@ -213,6 +213,17 @@ def test_gradients_saturate_within_the_radius_and_are_exact_beyond(p, q, negativ
     assert (P.grad.item(), Q.grad.item()) == pytest.approx(expected)
 
 
+def test_gradients_saturate_inside_of_transforms_too():
+    """`grad` and `vmap` give the gradients that backward gives, and leave no tensor of theirs behind."""
+    layer = hybrid([1.0, 0.5], [-1.0], hybrid_schedule=HybridGradientSchedule(delta_init=0.5))
+    x = tensor([0.2, 0.8, 0.99]).requires_grad_()
+    layer.value_and_tag(x)[0].sum().backward()
+    delta = layer.hybrid_delta
+    inside = vmap(grad(lambda row: layer.value_and_tag(row)[0].sum()))(x.detach().unsqueeze(0))
+    assert torch.allclose(inside[0], x.grad)
+    assert layer.hybrid_delta is delta
+
+
 def test_the_radius_is_the_schedules_for_the_epoch_and_the_batch():
     """None while the schedule warms up; then its own, widened where the batch comes near a pole."""
     schedule = HybridGradientSchedule(warmup_epochs=1, transition_epochs=0, delta_init=0.1, delta_final=0.01)

@@ -320,6 +320,7 @@ def test_a_trial_trains_its_pole_head_and_tells_how_good_it_is(mixed, tmp_path):
     [
         (lambda: PoleLossTerm(0.0), "lambda_pole must be finite and > 0"),
         (lambda: PoleLossTerm(1.0, proximity_threshold=0.0), "proximity_threshold must be finite and > 0"),
+        (lambda: PoleLossTerm(1.0, teacher_weight=1.5), r"teacher_weight must be in \[0, 1\]"),
         (lambda: PoleLossTerm(1.0, form="hinge"), "form must be one of bce, squared"),
         (
             lambda: PoleCounts.of(torch.ones(1), pole_targets(torch.ones(1)), threshold=1.0),
