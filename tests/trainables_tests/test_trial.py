@@ -225,7 +225,43 @@ def test_diverging_is_a_status_with_counts(task: TableTask) -> None:
     assert outcome["nan_loss"] > 3
     assert outcome["nan_output"] > 0
     assert outcome["nan_parameter"] == 0
+    assert outcome["nan_origin"].startswith(
+        "micro-batch 1: the model itself (NonFinite), from finite inputs in P; loss term task"
+    )
     assert math.isfinite(outcome["charged_error"])
+
+
+def test_what_a_config_turns_on_says_how_it_went(task: TableTask) -> None:
+    """Its telemetry is in the history of every epoch and in the outcome; without it there is none."""
+    bad = Altered(task, build_model=lambda config: NonFinite(task.build_model(config), training=True))
+    said: list[dict[str, Any]] = []
+    config = {"max_epochs": 20, "nonfinite_budget": 3, "finite_action": "skip_micro_batch"}
+    outcome = run_trial(bad, config, 0, on_epoch=said.append)
+    assert outcome["status"] == "diverged"
+    assert outcome["telemetry.finite_bad_micro_batches"] == 4.0
+    assert outcome["telemetry.finite_raw_P"] == 4.0
+    assert outcome["telemetry.finite_raw_Q"] == 0.0
+    assert [epoch["telemetry.finite_bad_micro_batches"] for epoch in said] == [2.0, 4.0]
+    plain = run_trial(task, SHORT, 0, on_epoch=said.append)
+    assert plain["nan_origin"] == ""
+    assert not [name for name in (*plain, *said[-1]) if name.startswith("telemetry.")]
+
+
+@pytest.mark.parametrize("action", ["skip_micro_batch", "roll_back"])
+def test_interrupted_and_resumed_telemetry_is_that_of_the_uninterrupted(
+    task: TableTask, action: str, tmp_path: Path
+) -> None:
+    """What goes along with a training is saved with it."""
+    config = {"max_epochs": 3, "finite_action": action, "gradient_accumulation_steps": 2}
+    whole = run_trial(task, config, 1)
+    broken = TrialRun(task, config, 1)
+    broken.step()
+    broken.save(tmp_path)
+    resumed = TrialRun(task, config, 1)
+    resumed.load(tmp_path)
+    while not resumed.done:
+        resumed.step()
+    assert same(whole, resumed.outcome())
 
 
 def test_faults_met_in_evaluation_count_as_outputs(task: TableTask) -> None:
