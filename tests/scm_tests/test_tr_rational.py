@@ -17,6 +17,7 @@ from scm.layers.basis import ChebyshevBasis, CustomBasis, MonomialBasis
 from scm.layers.tr_rational import TRRational, real_quotient
 from scm.losses.projective import projective_fit_loss
 from scm.losses.quotient import quotient_loss
+from scm.training.adaptive_loss import AdaptiveLambda, AdaptiveLossConfig
 from scm.training.targets import lift_targets
 
 F64 = torch.float64
@@ -280,6 +281,25 @@ def test_an_attached_policy_is_told_the_tags_of_training_passes_and_says_the_pen
     assert policy.told == [[TRTag.PINF, TRTag.REAL], [TRTag.REAL]]
     assert layer.lambda_rej == 0.75
     assert rational([1.0], [-1.0], lambda_rej=0.25).lambda_rej == 0.25
+
+
+def test_the_penalty_of_an_adaptive_policy_rises_where_the_layer_covers_too_little():
+    """`AdaptiveLambda` follows the tags it is told of, and the loss of the next pass is weighed by it."""
+    policy = AdaptiveLambda(AdaptiveLossConfig(target_coverage=0.9, learning_rate=1.0, initial_lambda=1.0))
+    layer = rational(
+        [1.0], [-1.0], adaptive_loss_policy=policy, tag_policy=TagPolicy(tau_Q_on=0.1), lambda_rej=5.0
+    )
+    x = tensor([0.95, 1.0, 1.05, 3.0])  # three of four are within the guard band of the pole at 1
+    before = layer.lambda_rej
+    P, Q = layer(x)
+    assert before == 1.0
+    assert layer.lambda_rej > before
+    assert policy.tracker.batch_coverage == 0.25
+    loss = quotient_loss(P[:3], Q[:3], *lift_targets(x[:3]), tau=0.1, lambda_rej=layer.lambda_rej)
+    assert loss.item() == pytest.approx(float(layer.lambda_rej))
+    for _ in range(5):
+        layer(tensor([3.0, 4.0]))
+    assert layer.lambda_rej < 1.0
 
 
 def test_nothing_is_handed_out_of_a_transform():
