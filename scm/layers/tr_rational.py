@@ -81,7 +81,8 @@ class TRRational(nn.Module):
     and tag by `value_and_tag`; projection is a step of its own, after which training goes on, and not part
     of the forward pass; derivatives by Q have the right sign for negative Q; and an argument that is not
     finite, or so large that a column is not, gives (NaN, NaN) with no gradient instead of spoiling the
-    coefficients for all.
+    coefficients for all. What concerns single nodes there (projection_index, enable_soa_value_only, the
+    contract's depth_hint) is left out.
     """
 
     def __init__(
