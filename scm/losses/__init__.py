@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scm.losses.coverage import coverage, rejection_loss, soft_coverage_loss
+from scm.losses.coverage import coverage, ranked_coverage_loss, rejection_loss, soft_coverage_loss
 from scm.losses.implicit import implicit_loss
 from scm.losses.margin import margin_loss
 from scm.losses.projective import projective_fit_loss
@@ -19,6 +19,7 @@ __all__ = [
     "margin_loss",
     "projective_fit_loss",
     "quotient_loss",
+    "ranked_coverage_loss",
     "rejection_loss",
     "scm_separation_losses",
     "sign_consistency_loss",

@@ -1,4 +1,4 @@
-"""The coverage terms: how often the model may answer bottom. The hard one measures, the soft one trains."""
+"""The coverage terms: how often the model may answer bottom. The hard one measures, the others train."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from scm.autodiff.policies import POLICY_CODES, GradientPolicy, policy_in_force
 from scm.losses.rowwise import (
     Reduced,
     as_rows_of,
+    bool_mask,
     check_at_least_zero,
     normalized,
     reduce_rows,
@@ -133,6 +134,83 @@ def _weighted_shortfall(
     slope = torch.copysign(torch.addcmul(accepted, accepted, accepted, value=-1), Q)
     slope = slope * (shortfall * (-2.0 * one_over / temperature))
     return Reduced(loss, (as_rows_of(slope * weights, mask, Q),))
+
+
+def ranked_coverage_loss(
+    Q: Tensor,
+    tau: float | Tensor,
+    margin: float | Tensor,
+    target: float | Tensor,
+    *,
+    mask: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """Return what the `target` share of rows with the largest |Q| lacks to tau + margin, on average, 0-d.
+
+    A row lacks ``relu(1 - |Q| / (tau + margin))``, in [0, 1]; the mean is over all rows, and of the others
+    nothing is asked. The last row asked counts as far as it is needed for the share. tau >= 0, margin > 0,
+    target in [0, 1]. mask: entries to count, all by default; with none the loss is 0. row_weights: (rows,),
+    shares and mean are weighted by them. A |Q| that is not finite lacks 1, and has no gradient. Never gated.
+
+    Beside `soft_coverage_loss`: a row far below the threshold is pulled as much as one close to it, where the
+    sigmoid of a small temperature has no gradient left; pressure ends row by row, not for all at once; and of
+    rows that are alike, those on the larger side are pushed out and the others left alone, so that a share
+    between none and all of them can be held. Choose this one where something controls its weight.
+
+    >>> Q = torch.tensor([0.9, 0.1, 0.2, 0.0])
+    >>> round(float(ranked_coverage_loss(Q, 0.3, 0.1, target=0.5)), 6)  # of 0.9 and 0.2, the latter lacks 1/2
+    0.125
+    """
+    check_at_least_zero("tau", tau)
+    check_at_least_zero("margin", margin)
+    if not isinstance(margin, Tensor) and margin == 0:
+        raise ValueError(f"margin must be > 0, got {margin=}")
+    check_share("target", target)
+    weights = weights_of_rows(row_weights, Q)
+    mask = rows_that_count(None if mask is None else bool_mask("mask", mask, Q), weights)
+    return reduce_rows(ranked_coverage_kernel, Q, tau, margin, target, mask, weights)
+
+
+def ranked_coverage_kernel(
+    Q: Tensor,
+    tau: float | Tensor,
+    margin: float | Tensor,
+    target: float | Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None = None,
+    *,
+    with_gradients: bool,
+) -> Reduced:
+    """Kernel of `ranked_coverage_loss`; with weights, `mask` is that of `rows_that_count`."""
+    size = torch.where(Q.isfinite(), Q.abs(), 0.0).flatten()
+    key = size if mask is None else torch.where(mask.flatten(), size, -1.0)
+    ranked, order = key.sort(descending=True)
+    asked = _asked_shares(ranked, order, target, mask, weights)
+    edge = tau + margin
+    lack = (1.0 - ranked / edge).clamp(min=0)
+    loss = (asked * lack).sum()
+    if not with_gradients:
+        return Reduced(loss)
+    pull = torch.where(lack > 0, asked / edge, 0.0)
+    slope = torch.zeros_like(size).scatter(0, order, pull).view_as(Q)
+    slope = torch.where(Q.isfinite(), -torch.copysign(slope, Q), 0.0)
+    return Reduced(loss, (as_rows_of(slope, mask, Q),))
+
+
+def _asked_shares(
+    ranked: Tensor, order: Tensor, target: float | Tensor, mask: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """Return what each row, from the largest |Q| on, weighs in the mean; 0 beyond the target share."""
+    if weights is None:
+        before = torch.arange(len(ranked), device=ranked.device, dtype=ranked.dtype)
+        if mask is None:
+            return (target * len(ranked) - before).clamp(0.0, 1.0) / max(len(ranked), 1)
+        count = mask.sum().to(ranked.dtype)
+        return (target * count - before).clamp(0.0, 1.0) / count.clamp(min=1.0)
+    assert mask is not None
+    own, one_over = normalized(torch.where(mask, weights, 0.0).flatten()[order], ranked)
+    own = own * one_over
+    return torch.minimum((target - (own.cumsum(0) - own)).clamp(min=0), own)
 
 
 def check_share(name: str, value: float | Tensor) -> None:

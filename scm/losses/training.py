@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from scm.autodiff.policies import gate_tuple
-from scm.losses.coverage import check_share, rejection_loss, soft_coverage_kernel
+from scm.losses.coverage import (
+    check_share,
+    ranked_coverage_kernel,
+    rejection_loss,
+    soft_coverage_kernel,
+)
 from scm.losses.margin import above_kernel, below_kernel
 from scm.losses.rowwise import (
     Kernel,
@@ -32,7 +37,7 @@ from scm.losses.terms import LossTerms
 
 TERMS = ("fit", "margin", "sign", "rejection", "push_down", "push_up")
 GATED_TERMS = frozenset({"margin", "sign", "push_down", "push_up"})
-COVERAGE_TERMS = ("hard", "soft")
+COVERAGE_TERMS = ("hard", "soft", "ranked")
 
 Weight = float | Tensor
 
@@ -43,8 +48,10 @@ class LossConfig:
 
     gamma: of the sign term's norms. tau_train: |Q| that the margin asks for and the soft coverage counts
     from. epsilon_sing: |Y_d| up to which a target is singular. lambda_rej weighs whichever coverage term
-    `coverage_term` selects: "hard" measures, "soft" trains, at `coverage_temperature`. lambda_push_down and
-    lambda_push_up weigh the separation of bottoms (|Q| below tau_bottom) and finite rows (above tau_finite).
+    `coverage_term` selects: "hard" measures, "soft" trains, at `coverage_temperature`, "ranked" trains the
+    target share with the largest |Q|, which it wants `coverage_temperature` above tau_train. lambda_push_down
+    and lambda_push_up weigh the separation of bottoms (|Q| below tau_bottom) and finite rows (above
+    tau_finite).
     """
 
     gamma: float = 1e-9
@@ -111,7 +118,7 @@ class SCMTrainingLoss:
         is_bottom: answers that are bottom, for the hard coverage term (0 without it). mask_finite: rows with
         a number, for margin and push_up (all, and all but the censored, without it). mask_singular: rows
         with an orientation (default: |Y_d| <= epsilon_sing). mask_censored: rows whose answer is bottom, for
-        push_down (default: the singular ones). mask_trained: rows that the soft coverage counts (all).
+        push_down (default: the singular ones). mask_trained: rows that the coverage terms count (all).
         tau_train, target_coverage: override the config. weights: override the lambdas by the name of the
         term: fit (1 by default), margin, sign, rejection, push_down, push_up; others are a ValueError.
         row_weights: (rows,), every mean over rows becomes a weighted one: a row of weight 2 counts as two,
@@ -119,7 +126,7 @@ class SCMTrainingLoss:
         normalised over the batch). The fit is given weighted already.
 
         A term whose weight is the plain number 0 is not computed and reads 0 in the breakdown. A
-        denominator that is not finite counts as 0 in the soft coverage.
+        denominator that is not finite counts as 0 in the coverage terms.
         """
         lambdas = self._lambdas(weights)
         rows = _Rows(mask_finite, mask_singular, mask_censored, mask_trained, row_weights)
@@ -254,6 +261,10 @@ class SCMTrainingLoss:
                 True,
                 weights,
             )
+        if config.coverage_term == "ranked" and not _is(0, lambdas["rejection"]):
+            trained = None if rows.trained is None else bool_mask("mask_trained", rows.trained, Q)
+            margin, counted = config.coverage_temperature, rows_that_count(trained, weights)
+            add("rejection", ranked_coverage_kernel, (2,), tau, margin, target, counted, weights)
         if not (_is(0, lambdas["push_down"]) and _is(0, lambdas["push_up"])):
             censored = next(
                 m for m in (rows.censored, rows.singular, Y_d.abs() <= config.epsilon_sing) if m is not None
