@@ -197,6 +197,9 @@ OTHER: dict[str, Any] = {
     "q_min": 0.2,
     "numerator_degree": 2,
     "denominator_degree": 3,
+    "basis": "chebyshev",
+    "lambda_pole": 1.0,
+    "pole_threshold": 0.9,
 }
 HYBRID: dict[str, Any] = {
     "fit": "quotient",
@@ -218,6 +221,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "q_min": {"head": "multihead", "q_param": "softplus", "q_anchor": "none"},
     "numerator_degree": {"head": "multihead"},
     "denominator_degree": {"head": "multihead"},
+    "basis": {"head": "multihead"},
+    "pole_threshold": {"lambda_pole": 1.0},
     "output_bound_form": {"output_bound": 0.5},
     "saturation_threshold": {"lambda_saturation": 1.0},
     "target_spread": {"lambda_spread": 1.0},
