@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -596,6 +597,117 @@ def test_companions_learn_of_bad_micro_batches_too() -> None:
 
     trainer_of(tuple_batches(3, {1: NAN}), Look()).fit()
     assert seen == [True, False, True]
+
+
+# --- without waiting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 5])
+def test_flags_that_stay_on_the_device_decide_alike(accumulation: int) -> None:
+    """Where the host does not look, the same micro-batches are left out, to the same weights and counts."""
+    bad = dict.fromkeys((1, 2, 3, 8), NAN)
+    fields = {"finite_action": "skip_micro_batch", "gradient_accumulation_steps": accumulation}
+    ended = []
+    for waits in (True, False):
+        trainer = trainer_of(tuple_batches(12, bad), max_epochs=2, batch_statistics=True, **fields)
+        trainer.nan_origin = "known"  # found by the host alone
+        assert trainer._gate is not None
+        trainer._gate.waits = waits
+        trainer.fit()
+        ended.append((trainer.model.state_dict(), trainer.telemetry(), trainer.nan_counts, trainer.status))
+    (state, *counts), (other_state, *other_counts) = ended
+    assert counts == other_counts
+    assert counts[0]["finite_bad_micro_batches"] == 8
+    assert counts[0]["finite_longest_streak"] == 3
+    for one, two in zip(state.values(), other_state.values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
+
+
+def test_the_origin_is_looked_for_once_the_host_knows_that_there_is_one() -> None:
+    """A bad micro-batch that only the device noticed makes the host look at the next one."""
+    trainer = trainer_of(tuple_batches(4, {1: NAN}), max_epochs=2, finite_action="skip_micro_batch")
+    assert trainer._gate is not None
+    trainer._gate.waits = False
+    epochs = trainer.epochs()
+    next(epochs)
+    assert trainer.nan_origin == ""
+    next(epochs)
+    assert trainer.nan_origin.startswith("micro-batch 6: inputs of the model")
+    assert trainer.telemetry()["finite_bad_micro_batches"] == 2
+
+
+class Unread:
+    """Batches during which nothing may be read back from the device."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = [(x.cuda(), y.cuda()) for x, y in batches]
+
+    def __iter__(self) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from self.batches
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class Scales:
+    """Scales the auxiliaries' gradient, and counts on the device."""
+
+    needs_terms = True
+    currency = "gradient"
+
+    def __init__(self) -> None:
+        self.seen: Tensor | float = math.nan
+
+    def auxiliary_factor(self, task_norm: Tensor, auxiliary_norm: Tensor) -> Tensor:
+        return (task_norm / auxiliary_norm).clamp(max=1.0)
+
+    def after_backward(self, moment: Moment) -> None:
+        assert moment.terms is not None
+        self.seen = moment.terms.task.detach()
+
+    def telemetry(self) -> dict[str, float]:
+        return {"task": float(self.seen)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("companions", [0, 1])
+@pytest.mark.parametrize("action", ["skip_step", "skip_micro_batch"])
+def test_nothing_is_read_back_inside_of_an_epoch(action: str, companions: int) -> None:
+    """Neither bad micro-batches nor what goes along with a training make the host wait; as on the CPU."""
+    bad = dict.fromkeys((1, 2, 3), NAN)
+    ended = []
+    for device in ("cuda", "cpu"):
+        batches = tuple_batches(8, bad)
+        trainer = trainer_of(
+            Unread(batches) if device == "cuda" else batches,  # type: ignore[arg-type]
+            *[Scales()] * companions,
+            finite_action=action,
+            device=device,
+            gradient_accumulation_steps=2,
+        )
+        trainer.model.dropout.p = 0.0
+        trainer.fit()
+        ended.append(([item.detach().cpu() for item in trainer.model.parameters()], trainer.nan_counts))
+    (weights, counts), (expected, expected_counts) = ended
+    assert counts == expected_counts
+    for one, two in zip(weights, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rolling_back_on_a_gpu() -> None:
+    """Weights and fused moments return, and the training goes on; where it began is named."""
+    bad = dict.fromkeys((8, 9, 10), NAN)
+    batches = [(x.cuda(), y.cuda()) for x, y in tuple_batches(14, bad)]
+    trainer = trainer_of(
+        batches, finite_action="roll_back", snapshot_steps=3, device="cuda", batch_statistics=True
+    )
+    trainer.fit()
+    assert trainer.status == "completed"
+    assert trainer.telemetry()["finite_rollbacks"] == 1
+    assert trainer.nan_origin.startswith("micro-batch 9: inputs of the model")
+    assert is_finite(trainer.model)
 
 
 # --- going back -------------------------------------------------------------------------------------
