@@ -149,7 +149,7 @@ class AdaptiveSampler:
         # Whatever the order in which a device writes, the largest of a row's values is left.
         self._probabilities.scatter_reduce_(0, indices, averaged, "amax", include_self=False)
         self._bottom[indices] = bottom_mask.to(torch.float32)
-        self._seen[indices] = True
+        self._seen.index_fill_(0, indices, True)  # an assignment of True would copy it, and wait
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw `count` row indices with replacement, and their importance weights, on the state's device."""
