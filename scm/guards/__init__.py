@@ -14,7 +14,9 @@ from scm.guards.consistency import (
     positional_context,
     responds,
 )
+from scm.guards.finite import FINITE_ACTIONS, FiniteGuard
 from scm.guards.gap import GapMonitor, GapWatch, consensus, normalised_entropy, vote
+from scm.guards.origin import find_origin
 from scm.guards.range import RangeGuard, SaturationGuard
 from scm.guards.spread import RunningSpread, SpreadGuard, pairwise_spread, relevance, spread_loss
 from scm.guards.stablemax import (
@@ -29,11 +31,13 @@ from scm.guards.symmetry import D4, Symmetry, d4, make_symmetries
 
 __all__ = [
     "D4",
+    "FINITE_ACTIONS",
     "AugmentationEquivarianceLoss",
     "Budget",
     "BudgetGuard",
     "DegenerateTermDetector",
     "EquivarianceGuard",
+    "FiniteGuard",
     "FocalWeightedStablemaxLoss",
     "GapMonitor",
     "GapWatch",
@@ -52,6 +56,7 @@ __all__ = [
     "check_gain",
     "consensus",
     "d4",
+    "find_origin",
     "gain_at",
     "global_context",
     "gradient_cap",

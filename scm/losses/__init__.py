@@ -9,10 +9,12 @@ from scm.losses.projective import projective_fit_loss
 from scm.losses.quotient import quotient_loss
 from scm.losses.separation import scm_separation_losses
 from scm.losses.sign import sign_consistency_loss
+from scm.losses.terms import LossTerms
 from scm.losses.training import LossConfig, SCMTrainingLoss
 
 __all__ = [
     "LossConfig",
+    "LossTerms",
     "SCMTrainingLoss",
     "coverage",
     "implicit_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scm.training.companion import Companion, Moment
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.gap import perturbed_threshold
 from scm.training.sampler import AdaptiveSampler, AdaptiveSamplerConfig
@@ -11,9 +12,11 @@ from scm.training.trainer import EpochReport, SCMTrainer, TrainingConfig
 __all__ = [
     "AdaptiveSampler",
     "AdaptiveSamplerConfig",
+    "Companion",
     "EpochReport",
     "LinearRamp",
     "LossWeightsCurriculum",
+    "Moment",
     "SCMTrainer",
     "SemanticTargets",
     "TrainingConfig",

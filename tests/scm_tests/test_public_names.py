@@ -9,15 +9,17 @@ import pytest
 NAMES: dict[str, str] = {
     "scm.core": "TRTag TagPolicy",
     "scm.training": "SCMTrainer TrainingConfig lift_targets lift_semantic_targets SemanticTargets "
-    "perturbed_threshold LinearRamp LossWeightsCurriculum AdaptiveSampler AdaptiveSamplerConfig",
+    "perturbed_threshold LinearRamp LossWeightsCurriculum AdaptiveSampler AdaptiveSamplerConfig "
+    "Companion Moment",
     "scm.training.tag_loss": "compute_tag_loss TagPredictionHead",
+    "scm.training.companion": "Companion Moment",
     "scm.training.trainer": "SCMTrainer TrainingConfig",
     "scm.training.targets": "lift_targets lift_semantic_targets SemanticTargets",
     "scm.training.gap": "perturbed_threshold",
     "scm.training.curriculum": "LinearRamp LossWeightsCurriculum",
     "scm.training.sampler": "AdaptiveSampler AdaptiveSamplerConfig",
     "scm.losses": "LossConfig SCMTrainingLoss implicit_loss margin_loss sign_consistency_loss rejection_loss "
-    "coverage soft_coverage_loss scm_separation_losses projective_fit_loss",
+    "coverage soft_coverage_loss scm_separation_losses projective_fit_loss LossTerms",
     "scm.losses.implicit": "implicit_loss",
     "scm.losses.quotient": "quotient_loss",
     "scm.losses.margin": "margin_loss",
@@ -43,7 +45,7 @@ NAMES: dict[str, str] = {
     "saturation_penalty spread_loss SparsityRegularization RangeGuard SaturationGuard SpreadGuard "
     "meta_loss_cap Budget GradientBudget BudgetGuard OutputEquivarianceLoss AugmentationEquivarianceLoss "
     "GroupMarginalizedNLLLoss DegenerateTermDetector EquivarianceGuard Symmetry GapMonitor GapWatch "
-    "normalised_entropy consensus",
+    "normalised_entropy consensus FiniteGuard find_origin",
     "scm.inference": "strict_inference InferenceConfig SCMInferenceWrapper decode_strict_censored_3way "
     "calibrate",
     "scm.metrics": "tau_infer_sweep_from_q_abs",
