@@ -24,6 +24,7 @@ from scm.inference.strict import InferenceConfig, strict_inference
 from scm.losses.terms import LossTerms
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.seeding import generator, seed_for, seeded_init
+from scm.training.adaptive_loss import AdaptiveLambda, AdaptiveLossConfig, CoverageController
 from scm.training.companion import Companion
 from scm.training.config import TrainingConfig
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
@@ -182,7 +183,7 @@ def _saturation_guard(config: TrialConfig, around: Around) -> Companion | None:
     if config.lambda_saturation == 0:
         return None
     # Under the hard term the temperature is no part of the config: its default stands for it.
-    soft = config.coverage_term == "soft"
+    soft = config.coverage_term != "hard"
     temperature = config.coverage_temperature if soft else TrialConfig().coverage_temperature
     return SaturationGuard(config.lambda_saturation, config.saturation_threshold, temperature=temperature)
 
@@ -280,6 +281,26 @@ def _near_pole_feedback(config: TrialConfig, around: Around) -> Companion | None
     return NearPoleFeedback(around.train_loader)
 
 
+def _coverage_controller(config: TrialConfig, around: Around) -> Companion | None:
+    if config.coverage_control == "none":
+        return None
+    adaptive = AdaptiveLossConfig(
+        rule=config.coverage_control,
+        initial_lambda=config.lambda_rej,
+        target_coverage=config.target_coverage,
+        learning_rate=config.control_rate,
+        lambda_min=config.control_lambda_min,
+        lambda_rej_min=config.control_lambda_min,
+        lambda_max=config.control_lambda_max,
+        momentum=config.control_momentum,
+        warmup_steps=config.control_warmup_steps,
+        update_frequency=config.control_update_frequency,
+        exponential_decay=config.control_decay,
+        dead_band=config.control_dead_band,
+    )
+    return CoverageController(AdaptiveLambda(adaptive))
+
+
 # One function a family, None where the config does not ask for it. The order is that of the calls: what
 # bounds outputs comes before what looks at them, but for what compares them with raw ones; what weighs all
 # terms against each other comes after those who add some.
@@ -292,6 +313,7 @@ _COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {
     "pole": _pole_loss,
     "hybrid": _hybrid_schedule,
     "sampling": _near_pole_feedback,
+    "control": _coverage_controller,
     "gap": _gap_watch,
     "budget": _budget_guard,
 }

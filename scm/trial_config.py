@@ -77,6 +77,7 @@ _HYBRID: dict[str, tuple[Any, ...]] = {
     "fit": ("quotient",),
     "hybrid_schedule": ("linear", "cosine", "exponential"),
 }
+_CONTROL: dict[str, tuple[Any, ...]] = {"coverage_control": ("reference", "unbiased")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +114,8 @@ class TrialConfig:
     lambda_sign: float = _knob(1.0, _NOT_NEGATIVE)
     lambda_rej: float = _knob(0.01, _NOT_NEGATIVE)
     target_coverage: float = _knob(0.95, _SHARE)
-    coverage_term: str = _knob("soft", choices=("soft", "hard"))
-    coverage_temperature: float = _knob(1e-2, _POSITIVE, coverage_term=("soft",))
+    coverage_term: str = _knob("soft", choices=("soft", "ranked", "hard"))
+    coverage_temperature: float = _knob(1e-2, _POSITIVE, coverage_term=("soft", "ranked"))
     lambda_push_down: float = _knob(0.0, _NOT_NEGATIVE)
     lambda_push_up: float = _knob(0.0, _NOT_NEGATIVE)
     tau_bottom: float = _knob(1e-2, _NOT_NEGATIVE)
@@ -130,6 +131,16 @@ class TrialConfig:
         None, _AT_LEAST_ONE, finite_action=("skip_micro_batch", "roll_back", "stop")
     )
     restore_best: bool = _knob(False)
+
+    coverage_control: str = _knob("none", choices=("none", "reference", "unbiased"))
+    control_rate: float = _knob(0.1, _POSITIVE, **_CONTROL)
+    control_dead_band: float | None = _knob(None, _SHARE, **_CONTROL)
+    control_momentum: float = _knob(0.0, _DECAY, **_CONTROL)
+    control_warmup_steps: int = _knob(200, _NOT_NEGATIVE, **_CONTROL)
+    control_update_frequency: int = _knob(1, _AT_LEAST_ONE, **_CONTROL)
+    control_decay: float | None = _knob(None, _MEMORY, **_CONTROL)
+    control_lambda_min: float | None = _knob(None, _NOT_NEGATIVE, **_CONTROL)
+    control_lambda_max: float | None = _knob(None, _POSITIVE, **_CONTROL)
 
     hybrid_schedule: str = _knob(
         "none", choices=("none", "linear", "cosine", "exponential"), fit=("quotient",)
@@ -185,6 +196,19 @@ class TrialConfig:
         _check_order(self, "tau_bottom", "tau_finite")
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise ValueError(f"nesterov needs momentum > 0, got momentum={self.momentum!r}")
+        if self.coverage_control != "none":
+            self._check_control()
+
+    def _check_control(self) -> None:
+        if self.coverage_term == "hard":
+            raise ValueError(
+                "coverage_control needs a coverage term with a gradient, coverage_term ranked or soft, "
+                f"got coverage_term={self.coverage_term!r} with coverage_control={self.coverage_control!r}"
+            )
+        low, high = self.control_lambda_min, self.control_lambda_max
+        if low is not None and high is not None and low > high:
+            values = f"control_lambda_min={low!r}, control_lambda_max={high!r}"
+            raise ValueError(f"control_lambda_min must be <= control_lambda_max, got {values}")
 
     @classmethod
     def from_flat(cls, mapping: Mapping[str, Any]) -> TrialConfig:

@@ -151,6 +151,27 @@ _APART = (
         description="Whether rows near poles are drawn more often, how much, and whether losses undo it.",
     ),
     Space(
+        "controller",
+        {
+            # A term without a gradient cannot be controlled: instead of those of `coverage_targets`.
+            "coverage_term": Choice(("ranked", "soft")),
+            "target_coverage": Float(0.5, 0.995),
+            "coverage_temperature": Float(1e-2, 0.2, log=True),
+            "coverage_control": Choice(("unbiased", "reference")),
+            "lambda_rej": Float(1e-3, 1.0, log=True),
+            "control_rate": Float(1e-2, 0.5, log=True),
+            "control_dead_band": Float(0.0, 0.05),
+            "control_momentum": Float(0.0, 0.9),
+            "control_warmup_steps": Int(0, 400),
+            "control_update_frequency": Choice((1, 4, 16)),
+            "control_decay": Choice((None, 0.999, 0.99)),
+            "control_lambda_min": Float(1e-3, 0.1, log=True),
+            "control_lambda_max": Choice((None, 1.0, 10.0)),
+        },
+        description="A weight of the coverage term that follows the coverage: by which rule, after which "
+        "target, how fast, and within which bounds.",
+    ),
+    Space(
         "guards",
         {
             "output_bound": Choice((None, 0.5, 0.9)),

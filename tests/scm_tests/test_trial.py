@@ -163,6 +163,15 @@ OTHER: dict[str, Any] = {
     "tau_finite": 0.6,
     "loss_ramp_epochs": 3,
     "gradient_policy": "project",
+    "coverage_control": "unbiased",
+    "control_rate": 1.0,
+    "control_dead_band": 0.5,
+    "control_momentum": 0.9,
+    "control_warmup_steps": 7,
+    "control_update_frequency": 3,
+    "control_decay": 0.5,
+    "control_lambda_min": 1.5,
+    "control_lambda_max": 0.7,
     "hybrid_schedule": "linear",
     "hybrid_warmup_epochs": 2,
     "hybrid_transition_epochs": 3,
@@ -208,10 +217,17 @@ HYBRID: dict[str, Any] = {
     "hybrid_delta_init": 0.9,
     "hybrid_delta_final": 0.5,
 }
+CONTROLLED: dict[str, Any] = {
+    "coverage_control": "unbiased",
+    "coverage_term": "ranked",
+    "control_warmup_steps": 2,
+}
 SAMPLED: dict[str, Any] = {"sampling": "near_pole", "sampling_strength": 8.0}
 NEEDS: dict[str, dict[str, Any]] = {
     **{name: HYBRID for name in KNOBS if name.startswith("hybrid_") and name != "hybrid_schedule"},
     "hybrid_schedule": {**HYBRID, "hybrid_schedule": "none"},
+    **{name: CONTROLLED for name in KNOBS if name.startswith("control_")},
+    "coverage_control": {**CONTROLLED, "coverage_control": "none"},
     **{name: SAMPLED for name in KNOBS if name.startswith("sampling_")},
     "nesterov": {"optimizer": "sgd", "momentum": 0.9},
     "momentum": {"optimizer": "sgd"},

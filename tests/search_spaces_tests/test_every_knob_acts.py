@@ -64,6 +64,26 @@ BESIDE: dict[str, dict[str, Any]] = {
     "hybrid_warmup_epochs": {"max_epochs": 11, "hybrid_delta_init": 0.3},
     "hybrid_delta_final": {"hybrid_delta_init": 0.3, "hybrid_transition_epochs": 1},
     **{knob: {"sampling_strength": 8.0} for knob in SPACES["sampling"].domains},
+    **{
+        knob: {"coverage_control": "unbiased", "coverage_term": "ranked", "control_warmup_steps": 0}
+        for knob in SPACES["controller"].domains
+        if knob.startswith("control_")
+    },
+    "coverage_control": {"coverage_term": "ranked", "control_warmup_steps": 0},
+    "control_dead_band": {
+        "coverage_control": "unbiased",
+        "control_warmup_steps": 0,
+        "target_coverage": 0.51,  # of 32 rows, 16 are 0.01 away from it, and 15 are 0.04
+        "max_epochs": 12,
+    },
+    "control_warmup_steps": {"coverage_control": "unbiased", "batch_size": 8, "max_epochs": 25},
+    "control_lambda_min": {
+        "coverage_control": "unbiased",
+        "control_warmup_steps": 0,
+        "control_rate": 1e-6,
+        "lambda_rej": 1e-4,
+    },
+    "control_lambda_max": {"coverage_control": "unbiased", "control_warmup_steps": 0, "lambda_rej": 20.0},
     "saturation_threshold": {"lambda_saturation": 1.0, "coverage_temperature": 1e-2},
     "target_spread": {"lambda_spread": 1.0},
     "cap_floor": {"cap_ratio": 0.1},

@@ -20,6 +20,7 @@ EXPECTED = {
     "optimizer",
     "model_size",
     "default",
+    "controller",
     "guards",
     "equivariance",
     "pole_head",
@@ -27,7 +28,21 @@ EXPECTED = {
     "hybrid",
     "sampling",
 }
-APART = {"guards", "equivariance", "pole_head", "tag_loss", "hybrid", "sampling"}  # asked for by name alone
+APART = {
+    "controller",
+    "guards",
+    "equivariance",
+    "pole_head",
+    "tag_loss",
+    "hybrid",
+    "sampling",
+}  # asked for by name alone
+LEFT_OUT = {
+    ("gradient_policy", "gradient_policy"): {"pass"},  # trains as null does
+    ("coverage_targets", "coverage_term"): {"ranked"},  # the term to be controlled, in a space of its own
+    ("controller", "coverage_term"): {"hard"},  # cannot be controlled
+    ("controller", "coverage_control"): {"none"},
+}
 KNOBS_IN_SPACES = [
     (name, knob) for name, space in SPACES.items() if name != "default" for knob in space.domains
 ]
@@ -66,8 +81,7 @@ def test_every_knob_is_one_that_a_training_reads(name, knob):
         for option in domain.options:
             assert isinstance(option, kinds) or (option is None and field.optional)
         if field.type == "str":
-            left_out = {"pass"} if knob == "gradient_policy" else set()  # trains as None does
-            assert set(domain.options) - {None} == set(field.choices) - left_out
+            assert set(domain.options) - {None} == set(field.choices) - LEFT_OUT.get((name, knob), set())
 
 
 @pytest.mark.parametrize("name, knob", KNOBS_IN_SPACES, ids=[knob for _, knob in KNOBS_IN_SPACES])
