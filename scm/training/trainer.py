@@ -568,6 +568,10 @@ class SCMTrainer:
             self.nan_counts["gradient"] += self._gate.drops()["gradient"]
         state = [*self.model.parameters(), *self.model.buffers()]
         self.nan_counts["parameter"] = count_non_finite(item for item in state if item.is_floating_point())
+        if self.nan_counts["parameter"] and not self.nan_origin:
+            named = (*self.model.named_parameters(), *self.model.named_buffers())
+            bad = next(name for name, item in named if not torch.isfinite(item.detach()).all())
+            self.nan_origin = f"parameter {bad}, after micro-batch {self.global_step}"
 
     def _learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])

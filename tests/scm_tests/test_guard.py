@@ -153,6 +153,7 @@ def test_weights_that_are_not_finite_end_the_training() -> None:
     assert (report.status, report.val) == ("diverged", None)
     assert report.nan_counts["parameter"] == 2
     assert trainer.stop_reason == "2 parameters are not finite"
+    assert trainer.nan_origin == "parameter w, after micro-batch 1"
 
 
 def test_outputs_that_are_not_finite_are_counted_in_training_and_validation() -> None:
