@@ -25,7 +25,7 @@ from scm.losses.terms import LossTerms
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.seeding import generator, seed_for, seeded_init
 from scm.training.adaptive_loss import AdaptiveLambda, AdaptiveLossConfig, CoverageController
-from scm.training.companion import Companion
+from scm.training.companion import AnyCompanion
 from scm.training.config import TrainingConfig
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.hybrid_schedule import HybridGradientSchedule, HybridScheduleCompanion
@@ -167,19 +167,19 @@ class Around(NamedTuple):
     symmetries: Mapping[str, Symmetry] | None = None  # of the task, where it has any
 
 
-def make_companions(config: TrialConfig, around: Around) -> list[Companion]:
+def make_companions(config: TrialConfig, around: Around) -> list[AnyCompanion]:
     """Make the controllers and guards that the config turns on, in the order in which they are called."""
     made = (make(config, around) for make in _COMPANIONS.values())
     return [companion for companion in made if companion is not None]
 
 
-def _range_guard(config: TrialConfig, around: Around) -> Companion | None:
+def _range_guard(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.output_bound is None:
         return None
     return RangeGuard(config.output_bound, config.output_bound_form)
 
 
-def _saturation_guard(config: TrialConfig, around: Around) -> Companion | None:
+def _saturation_guard(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.lambda_saturation == 0:
         return None
     # Under the hard term the temperature is no part of the config: its default stands for it.
@@ -188,25 +188,25 @@ def _saturation_guard(config: TrialConfig, around: Around) -> Companion | None:
     return SaturationGuard(config.lambda_saturation, config.saturation_threshold, temperature=temperature)
 
 
-def _spread_guard(config: TrialConfig, around: Around) -> Companion | None:
+def _spread_guard(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.lambda_spread == 0:
         return None
     return SpreadGuard(config.lambda_spread, config.target_spread, difficulty=projective_residual)
 
 
-def _tag_loss(config: TrialConfig, around: Around) -> Companion | None:
+def _tag_loss(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.lambda_tag == 0:
         return None
     return TagLossTerm(config.lambda_tag, labels=config.tag_labels, adaptive=config.tag_adaptive)
 
 
-def _pole_loss(config: TrialConfig, around: Around) -> Companion | None:
+def _pole_loss(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.lambda_pole == 0:
         return None
     return PoleLossTerm(config.lambda_pole, proximity_threshold=config.pole_threshold)
 
 
-def _equivariance_guard(config: TrialConfig, around: Around) -> Companion | None:
+def _equivariance_guard(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.lambda_equivariance == 0:
         return None
     symmetries = proper(around.symmetries or {})
@@ -233,13 +233,13 @@ def _equivariance_guard(config: TrialConfig, around: Around) -> Companion | None
     return EquivarianceGuard(loss, config.lambda_equivariance, amp_dtype=amp_dtype)
 
 
-def _gap_watch(config: TrialConfig, around: Around) -> Companion | None:
+def _gap_watch(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if not config.gap_watch:
         return None
     return GapWatch(around.model, around.train_loader, around.val_loader)
 
 
-def _budget_guard(config: TrialConfig, around: Around) -> Companion | None:
+def _budget_guard(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.cap_ratio is None:
         return None
     weights = {
@@ -260,7 +260,7 @@ def _budget_guard(config: TrialConfig, around: Around) -> Companion | None:
     return BudgetGuard(config.cap_ratio, currency=config.cap_currency, floor=floor, weights=weights)
 
 
-def _hybrid_schedule(config: TrialConfig, around: Around) -> Companion | None:
+def _hybrid_schedule(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.hybrid_schedule == "none" or config.fit != "quotient":
         return None
     return HybridScheduleCompanion(
@@ -275,13 +275,13 @@ def _hybrid_schedule(config: TrialConfig, around: Around) -> Companion | None:
     )
 
 
-def _near_pole_feedback(config: TrialConfig, around: Around) -> Companion | None:
+def _near_pole_feedback(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if not isinstance(around.train_loader, NearPoleBatches):
         return None
     return NearPoleFeedback(around.train_loader)
 
 
-def _coverage_controller(config: TrialConfig, around: Around) -> Companion | None:
+def _coverage_controller(config: TrialConfig, around: Around) -> AnyCompanion | None:
     if config.coverage_control == "none":
         return None
     adaptive = AdaptiveLossConfig(
@@ -304,7 +304,7 @@ def _coverage_controller(config: TrialConfig, around: Around) -> Companion | Non
 # One function a family, None where the config does not ask for it. The order is that of the calls: what
 # bounds outputs comes before what looks at them, but for what compares them with raw ones; what weighs all
 # terms against each other comes after those who add some.
-_COMPANIONS: dict[str, Callable[[TrialConfig, Around], Companion | None]] = {
+_COMPANIONS: dict[str, Callable[[TrialConfig, Around], AnyCompanion | None]] = {
     "equivariance": _equivariance_guard,
     "range": _range_guard,
     "saturation": _saturation_guard,
@@ -329,7 +329,7 @@ def make_trainer(
     loss_fn: LossFn | None = None,
     device: str | torch.device = "cpu",
     log_hook: Callable[[Mapping[str, Any]], object] | None = None,
-    companions: Sequence[Companion] = (),
+    companions: Sequence[AnyCompanion] = (),
     symmetries: Mapping[str, Symmetry] | None = None,
 ) -> SCMTrainer:
     """Make the trainer of one trial; equal arguments give bit-equal weights on the same device and software.

@@ -24,7 +24,7 @@ from trainables.configs import resolve_config
 from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits, task_symmetries
 
 if TYPE_CHECKING:
-    from scm.training.companion import Companion
+    from scm.training.companion import AnyCompanion
     from scm.training.trainer import SCMTrainer
 
 STANDARD_METRICS: tuple[str, ...] = (
@@ -129,7 +129,7 @@ def make_task_trainer(
     val: Split | None,
     *,
     device: str = "cpu",
-    companions: Sequence[Companion] = (),
+    companions: Sequence[AnyCompanion] = (),
 ) -> SCMTrainer:
     """Make the trainer of one trial of a task; `companions` go along before those that the config asks for.
 

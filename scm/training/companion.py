@@ -86,6 +86,9 @@ class Companion(Protocol):
         """Go on from `state_dict`."""
 
 
+AnyCompanion = object
+"""An object with some of the methods of `Companion`; that all of them are optional, no type can say."""
+
 STEP_MOMENTS = ("before_forward", "after_forward", "after_loss", "after_backward")
 
 
@@ -96,8 +99,8 @@ class Companions:
     than one asks for a currency of gradients.
     """
 
-    def __init__(self, members: Sequence[Any] = ()) -> None:
-        self.members = tuple(members)
+    def __init__(self, members: Sequence[AnyCompanion] = ()) -> None:
+        self.members: tuple[Any, ...] = tuple(members)
         self.begin_epoch = self._methods("begin_epoch")
         self.before_forward = self._methods("before_forward")
         self.after_forward = self._methods("after_forward")

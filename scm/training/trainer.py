@@ -35,7 +35,7 @@ from scm.seeding import generator
 from scm.training.apart import backward_apart
 from scm.training.bench import StepClock
 from scm.training.checkpoint import read_checkpoint, write_checkpoint
-from scm.training.companion import Companion, Companions, Moment
+from scm.training.companion import AnyCompanion, Companions, Moment
 from scm.training.config import TrainingConfig
 from scm.training.feed import Fed, Feeder, LossCall, bottom_is_unreachable
 from scm.training.gap import perturbed_threshold
@@ -86,7 +86,7 @@ class SCMTrainer:
         *,
         scheduler: Any | None = None,
         config: TrainingConfig | None = None,
-        companions: Sequence[Companion] = (),
+        companions: Sequence[AnyCompanion] = (),
     ) -> None:
         self.config = TrainingConfig() if config is None else config
         self.device = torch.empty(0, device=self.config.device or "cpu").device
