@@ -7,6 +7,7 @@ loss, which is told "hybrid_delta".
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def widened_delta(
     smallest = torch.as_tensor(q_min)
     known = (smallest > 0) & torch.isfinite(smallest)
     factor = (_ADAPT_BELOW / torch.where(known, smallest, 1.0)).clamp_min(1.0)
-    wider = torch.minimum(base * factor, torch.as_tensor(widest, dtype=factor.dtype, device=factor.device))
+    wider = (base * factor).clamp(max=widest)
     return torch.where(known, wider, base).clamp_min(least)
 
 
@@ -148,12 +149,13 @@ class SaturationHysteresis:
         """
         known = torch.where(torch.isfinite(sizes), sizes, torch.nan)
         q_low = torch.nanquantile(known, 0.1)
-        g_high = torch.nanquantile(1.0 / known.clamp_min(1e-18), 0.9)
         enter, leave = q_low <= self.q_on, q_low >= self.q_off
-        if self.g_on is not None:
-            enter = enter | (g_high >= self.g_on)
-        if self.g_off is not None:
-            leave = leave & (g_high <= self.g_off)
+        if self.g_on is not None or self.g_off is not None:
+            g_high = torch.nanquantile(1.0 / known.clamp_min(1e-18), 0.9)
+            if self.g_on is not None:
+                enter = enter | (g_high >= self.g_on)
+            if self.g_off is not None:
+                leave = leave & (g_high <= self.g_off)
         return torch.where(inside, ~leave, enter)
 
 
@@ -208,6 +210,8 @@ class HybridScheduleCompanion:
             delta = self.schedule.delta(self._epoch, q_min)
         if delta is not None and self.hysteresis is not None:
             self._inside = self._inside.to(sizes.device)
+            if not isinstance(delta, Tensor):
+                delta = torch.full((), delta, dtype=sizes.dtype, device=sizes.device)
             delta = torch.where(self._inside, delta, _NOWHERE)
         moment.facts["hybrid_delta"] = delta
         self._pending.append((sizes, _NOWHERE if delta is None else delta))
@@ -272,25 +276,16 @@ class HybridScheduleCompanion:
         return self._tables[0] if self._tables else torch.zeros(0, len(_COLUMNS), dtype=torch.float64)
 
     def _flush(self) -> None:
-        """Turn what was put aside into rows, runs of equal shapes in a few calls together."""
-        start = 0
-        while start < len(self._pending):
-            shape = self._pending[start][0].shape
-            stop = start + 1
-            while stop < len(self._pending) and self._pending[stop][0].shape == shape:
-                stop += 1
-            self._tables.append(self._rows(self._pending[start:stop]))
-            start = stop
+        """Turn what was put aside into rows, runs of one form in a few calls together."""
+        for _, run in itertools.groupby(self._pending, key=_form):
+            self._tables.append(self._rows(list(run)))
         self._pending = []
 
     def _rows(self, alike: list[tuple[Tensor, float | Tensor]]) -> Tensor:
         sizes = torch.stack([held for held, _ in alike])  # (micro-batches, n)
-        told = [delta for _, delta in alike]
-        if any(isinstance(delta, Tensor) for delta in told):
-            moved = [torch.as_tensor(delta, dtype=torch.float64, device=sizes.device) for delta in told]
-            deltas = torch.stack(moved)
-        else:
-            deltas = torch.tensor(told, dtype=torch.float64, device=sizes.device)
+        told = [delta for _, delta in alike if isinstance(delta, Tensor)]
+        # Of a plain radius, filled in on the device: a copy from the host would wait.
+        deltas = torch.stack(told) if told else torch.full_like(sizes[:, 0], alike[0][1])  # type: ignore[arg-type]
         finite = torch.isfinite(sizes)
         counted = (
             deltas,
@@ -300,6 +295,12 @@ class HybridScheduleCompanion:
             finite.sum(1),
         )
         return torch.stack([column.to(torch.float64) for column in counted], dim=1)
+
+
+def _form(held: tuple[Tensor, float | Tensor]) -> tuple[torch.Size, float | None]:
+    """What the entries of one run have in common: the shape, and the radius where it is a plain number."""
+    sizes, delta = held
+    return sizes.shape, None if isinstance(delta, Tensor) else delta
 
 
 def denominator_sizes(outputs: Any) -> Tensor:

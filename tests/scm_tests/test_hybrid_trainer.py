@@ -526,3 +526,39 @@ def test_a_loader_that_samples_already_is_kept():
     loader = hybrid(oversample_near_pole=True).training.train_loader
     assert isinstance(loader, NearPoleBatches)
     assert hybrid(loader=loader, oversample_near_pole=True).training.train_loader is loader
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_part_waits_for_the_device_within_an_epoch():
+    """On CUDA, everything together raises nothing in mid-epoch where every wait is an error."""
+
+    class Strict:
+        """Makes waits errors from the first micro-batch of an epoch on to the last one."""
+
+        def __init__(self, count: int) -> None:
+            self.count = count
+            self.met = 0
+
+        def before_forward(self, moment: Any) -> None:
+            if self.met >= self.count:  # in the first epoch, state moves to the device
+                torch.cuda.set_sync_debug_mode("error")
+
+        def after_backward(self, moment: Any) -> None:
+            self.met += 1
+            if self.met % self.count == 0:
+                torch.cuda.set_sync_debug_mode("default")
+
+    loader = TensorBatches(rows().inputs, rows().targets, 8, device="cuda")
+    model = Network().cuda()
+    config = HybridTrainingConfig(**{**EVERYTHING, "device": "cuda", "log_interval": 1000})
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    strict = Strict(len(loader))
+    trainer = HybridTrainer(model, loader, config=config, optimizer=optimizer, companions=[strict])
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.status == "completed"
+    assert strict.met == 4 * len(loader)
+    assert torch.isfinite(weights_of(trainer)).all()
+    json.dumps(trainer.get_training_summary())
