@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scm.data import Split
+from scm.guards.symmetry import Symmetry
 from scm.models import make_model
 from scm.training.targets import STATUS_CODES, lift_semantic_targets
 from trainables.metrics import standard_metrics
@@ -111,6 +112,20 @@ class ArmTask:
         if self.params.structure == "free":
             return None
         return row_fit_training_loss(config, weight_cap=self.params.error_weight_cap)
+
+    def symmetries(self) -> Mapping[str, Symmetry]:
+        """Poses mirrored at the base line, wanted steps reversed, and both: joint steps change sign, or not.
+
+        `step_linear` reverses by construction; a head that is free learns it.
+        """
+        return {
+            name: Symmetry(name, signs, signs, restore=_Turned(answer))
+            for name, signs, answer in (
+                ("mirrored", _Signs(-1.0, -1.0, 1.0, -1.0), -1.0),
+                ("reversed", _Signs(1.0, 1.0, -1.0, -1.0), -1.0),
+                ("mirrored_reversed", _Signs(-1.0, -1.0, -1.0, 1.0), 1.0),
+            )
+        }
 
     def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
         """Score joint steps; `charged_` metrics count every row, a rejected one as if it had answered zero.
@@ -235,6 +250,27 @@ def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
     # asinh tells apart sines of every size; the last one turns over within the width of the damped pole.
     joint = [theta2.sin(), theta2.cos(), bend.asinh() / 3.0, bend * torch.rsqrt(bend.square() + 1.0)]
     return torch.stack(joint, dim=-1), step
+
+
+class _Signs:
+    """Multiplies the numbers of an input by 1 or -1; undoes itself."""
+
+    def __init__(self, *signs: float) -> None:
+        self._signs = signs
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * torch.tensor(self._signs, dtype=x.dtype, device=x.device)
+
+
+class _Turned:
+    """Multiplies the numerators of an answer by 1 or -1."""
+
+    def __init__(self, sign: float) -> None:
+        self._sign = sign
+
+    def __call__(self, outputs: Any) -> Any:
+        P, *others = outputs
+        return (self._sign * P, *others)
 
 
 def _make_split(poses: np.ndarray, buckets: np.ndarray) -> Split:
