@@ -204,6 +204,30 @@ def test_the_row_fit_is_bounded_and_zero_at_the_answer() -> None:
     assert float(row_fit_loss(*opposite, y, ones, weight_cap=4.0)) <= 4.0
 
 
+def test_row_weights_count_rows_of_the_row_fit() -> None:
+    """A row of weight 2 counts as two, one of weight 0 not at all, however wrong it is; masks as well."""
+    drawn = torch.Generator().manual_seed(0)
+    P, Q, y = (torch.randn(4, 2, generator=drawn, dtype=torch.float64) for _ in range(3))
+    Q = Q[:, :1].expand(4, 2)
+    P[3] = math.inf
+    ones = torch.ones_like(y)
+    rows = torch.tensor([0, 1, 1, 2])
+    doubled = row_fit_loss(P[rows], Q[rows], y[rows], ones[rows])
+    weights = torch.tensor([1.0, 2.0, 1.0, 0.0])
+    torch.testing.assert_close(row_fit_loss(P, Q, y, ones, row_weights=weights), doubled)
+    mask = torch.tensor([True, True, False, True])[:, None].expand(4, 2)
+    rows = rows[:3]
+    doubled = row_fit_loss(P[rows], Q[rows], y[rows], ones[rows])
+    torch.testing.assert_close(row_fit_loss(P, Q, y, ones, mask, row_weights=weights), doubled)
+
+
+def test_a_task_with_a_fit_of_its_own_can_undo_near_pole_sampling() -> None:
+    """Its loss takes the weights of rows that were drawn unequally often."""
+    config = {**SUGGESTED, "max_epochs": 1, "sampling": "near_pole", "sampling_correction": True}
+    outcome = run_trial(make_rf_task({}), config, seed=0)
+    assert outcome["status"] == "completed", outcome["error"]
+
+
 def test_the_row_fit_weight_restores_squared_errors_near_the_answer() -> None:
     """With an open cap, a small error along the answer costs about its square, small or large the answer."""
     ones = torch.ones(1, 2, dtype=torch.float64)

@@ -71,7 +71,14 @@ def unit_rows(P: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_fit_loss(
-    P: Tensor, Q: Tensor, Y_n: Tensor, Y_d: Tensor, mask: Tensor | None = None, *, weight_cap: float = 1.0
+    P: Tensor,
+    Q: Tensor,
+    Y_n: Tensor,
+    Y_d: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weight_cap: float = 1.0,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Mean over rows of |P d - q Y|^2 / ((|P|^2 + q^2) (|Y|^2 + d^2)), weighted by the size of the target.
 
@@ -80,7 +87,8 @@ def row_fit_loss(
     c (P, q). Near the target it is the squared error over (1 + |y|^2)^2, so that large answers hardly count;
     the weight min((1 + |y|^2)^2, weight_cap) gives them back as much as stays bounded.
 
-    `mask` (B, O): rows that are not True throughout do not count.
+    `mask` (B, O): rows that are not True throughout do not count. `row_weights` (B,): a row of weight 2
+    counts as two.
     """
     P, Q = gate_tuple(P, Q)
     q, d = Q[..., :1], Y_d[..., :1]
@@ -90,7 +98,11 @@ def row_fit_loss(
     tiny = torch.finfo(P.dtype).tiny
     term = residual / (made * asked).clamp_min(tiny)
     term = term * asked.square().clamp_max(weight_cap)
-    if mask is None:
+    rows = None if mask is None else mask.all(dim=-1)
+    if row_weights is not None:
+        weights = row_weights.to(term.dtype)
+        weights = weights if rows is None else torch.where(rows, weights, 0.0)
+        return torch.where(weights > 0, term * weights, 0.0).sum() / weights.sum().clamp_min(tiny)
+    if rows is None:
         return term.mean()
-    rows = mask.all(dim=-1)
     return torch.where(rows, term, 0.0).sum() / rows.sum().clamp_min(1)
