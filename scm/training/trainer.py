@@ -51,6 +51,7 @@ from scm.utils.logging import metric_log_record
 __all__ = ["EpochReport", "SCMTrainer", "TrainingConfig"]
 
 KEPT_THRESHOLDS = 1024
+KEPT_MICRO_BATCHES = 8
 NAN_KINDS = ("loss", "gradient", "output", "parameter")
 _END = object()
 
@@ -67,8 +68,10 @@ class SCMTrainer:
 
     A step whose loss or gradient is not finite is not taken: weights and optimizer state stay as they were,
     the kind is counted in `nan_counts`, and more than `config.nonfinite_budget` such steps end the training
-    as "diverged". The host waits for the device once an epoch and where `log_hook` is due; which optimizers
-    need one more wait a step is said in `scm.training.guard`.
+    as "diverged"; `config.finite_action` asks for more. `nan_origin` says where the first one came from,
+    found by one more pass over its micro-batch (among the last 8 of a group; where only the device knows of
+    such steps, in the first epoch after one that had some). The host waits for the device once an epoch and
+    where `log_hook` is due; which optimizers need one more wait a step is said in `scm.training.guard`.
 
     Differs from zeroproofml 0.6.1, beside that: coverage stops a training with and without `val_loader`;
     validation decodes strictly at tau_infer; micro-batches weigh by their rows; rows labelled missing or
@@ -188,9 +191,8 @@ class SCMTrainer:
         self._group_count = 0
         self._group_rows = 0  # of the group's first micro-batch
         self._group_weight = 0.0
-        self._group: list[
-            tuple[Fed, dict[str, Any]]
-        ] = []  # kept until a bad one has shown where it comes from
+        # The last of the group under way, kept until a bad one has shown where it comes from.
+        self._group: deque[tuple[Fed, dict[str, Any]]] = deque(maxlen=KEPT_MICRO_BATCHES)
         self._parameters: list[Tensor] = []
         self._epoch_facts: dict[str, Any] | None = None  # of the epoch under way, with what companions put in
 
@@ -369,7 +371,7 @@ class SCMTrainer:
         loss = _scalar(self._loss(outputs, fed, facts))
         weight = self._join_group(fed, facts)
         if not self._guard.watch_loss(loss):
-            self._diagnose(self._group[-1:])
+            self._diagnose(list(self._group)[-1:])
         elif loss.requires_grad:
             self._backward(loss, weight)
         return loss, outputs
@@ -386,7 +388,7 @@ class SCMTrainer:
         if self._gate is not None:
             self._through_gate(self._gate, moment.terms, loss, weight, before)
         elif not self._guard.watch_loss(loss):
-            self._diagnose(self._group[-1:])
+            self._diagnose(list(self._group)[-1:])
         elif loss.requires_grad:
             self._backward_terms(moment.terms, loss, weight)
         for meet in self._companions.after_backward:
@@ -428,7 +430,7 @@ class SCMTrainer:
             return
         if not good:
             self._group_weight = weight_before
-            self._diagnose(self._group[-1:])
+            self._diagnose(list(self._group)[-1:])
         in_a_row = self._watch.note(not good)
         dropped = gate.known_drops()
         if in_a_row:
@@ -449,7 +451,7 @@ class SCMTrainer:
 
     def _join_group(self, fed: Fed, facts: dict[str, Any]) -> float:
         """Count the micro-batch into the group under way; return what it weighs there."""
-        if not self.nan_origin:
+        if self._guard.waits and not self.nan_origin:  # else nobody looks at them
             self._group.append((fed, dict(facts)))
         by_rows = self.config.accumulation_weighting == "samples"
         self._group_rows = self._group_rows or fed.rows
@@ -510,7 +512,7 @@ class SCMTrainer:
             steps = f"{watch.streak} steps in a row" if watch.streak > 1 else "a step"
             self._diverge(f"{steps} had a non-finite loss or gradient")
 
-    def _diagnose(self, group: Sequence[tuple[Fed, dict[str, Any]]]) -> None:
+    def _diagnose(self, group: Iterable[tuple[Fed, dict[str, Any]]]) -> None:
         """Say once where the first non-finite loss or gradient came from, and leave no trace of looking."""
         if self.nan_origin:
             return
