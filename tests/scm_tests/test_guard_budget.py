@@ -112,9 +112,10 @@ def test_the_share_is_bounded_whatever_the_terms_are_worth(
 # --- the formula ---------------------------------------------------------------------------------
 
 POSITIVE = st.floats(1e-6, 1e6)
+AT_LEAST_ZERO = st.just(0.0) | POSITIVE
 
 
-@given(POSITIVE, st.lists(st.floats(0.0, 1e6), min_size=1, max_size=4), st.floats(0.0, 0.99))
+@given(POSITIVE, st.lists(AT_LEAST_ZERO, min_size=1, max_size=4), st.just(0.0) | st.floats(1e-6, 0.99))
 def test_no_share_exceeds_the_ratio(task, terms, ratio) -> None:
     """And where the cap binds, the share is the ratio; where it does not, nothing changes."""
     cap = meta_loss_cap(scalar(task), [scalar(term) for term in terms], ratio)
@@ -519,6 +520,17 @@ def test_a_guard_keeps_the_share_in_every_step_of_a_training(currency) -> None:
     assert (trainer.model.weight - goal).norm() < 0.4 * (trained(None, epochs=30).model.weight - goal).norm()
 
 
+@pytest.mark.parametrize("currency", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    "more", [{"mixed_precision": True}, {"gradient_accumulation_steps": 3}, {"clip_norm": 0.1}], ids=str
+)
+def test_the_share_is_kept_whatever_else_a_step_does(currency, more) -> None:
+    """The reference caps in one branch of its loop alone: mixed precision, with a scaler, on a GPU."""
+    said = trained(BudgetGuard(0.25, currency=currency), **more).telemetry()
+    assert said["cap_share_before"] > 0.8
+    assert said["cap_share_after"] == pytest.approx(0.25)
+
+
 def test_a_step_is_scaled_by_the_factor_exactly() -> None:
     """One step of SGD beside the formula."""
     trainer = trained(BudgetGuard(0.25), epochs=1)
@@ -603,3 +615,72 @@ def test_a_guard_has_nothing_to_say_before_the_first_step() -> None:
     assert counts == {"cap_excluded": 0.0, "cap_negative": 0.0}
     assert all(math.isnan(value) for value in said.values())
     assert len(said) == 4
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Unread:
+    """Batches on the device, during which nothing may be read back from it."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = [(x.cuda(), y.cuda()) for x, y in batches]
+
+    def __iter__(self) -> Any:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from self.batches
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("currency", ["loss", "gradient"])
+@pytest.mark.parametrize("poison", [False, True], ids=["finite", "poisoned"])
+def test_on_a_gpu_the_share_is_kept_without_waiting(currency, poison) -> None:
+    """The same as on the CPU; a term whose value is nan is left out, and counted, without a look at it."""
+
+    def loss(outputs: tuple[Tensor, Tensor], lifted: tuple[Tensor, Tensor]) -> LossTerms:
+        terms = loud(outputs, lifted)
+        if poison:  # the value alone: its gradient is 0 where the term is left out
+            terms.auxiliaries["poison"] = outputs[0].sum() * 0.0 + torch.full_like(outputs[0].sum(), NAN)
+        return terms
+
+    said, weights = [], []
+    for device, loader in (("cpu", rows()), ("cuda", Unread(rows()))):
+        model = Line().to(device)
+        config = TrainingConfig(max_epochs=2, coverage_threshold=0.0, device=device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+        guard = BudgetGuard(0.25, currency=currency)
+        trainer = SCMTrainer(model, optimizer, loss, loader, config=config, companions=[guard])
+        trainer.fit()
+        said.append(trainer.telemetry())
+        weights.append(trainer.model.weight.detach().cpu())
+    assert said[1] == pytest.approx(said[0], rel=1e-9)
+    assert said[1]["cap_excluded"] == (8.0 if poison else 0.0)
+    assert torch.allclose(weights[1], weights[0], rtol=1e-9)
+
+
+@needs_gpu
+def test_on_a_gpu_buffers_are_merged_without_waiting() -> None:
+    """Including those that are left out."""
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    budget = GradientBudget([x], 0.25, currency="gradient")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for name, scale in (("good", 1.0), ("bad", NAN)):
+            with budget.auxiliary(name) as spent:
+                loss = 10.0 * scale * x.sum()
+                loss.backward()
+                spent.add(loss)
+        task = x.square().sum()
+        task.backward()
+        cap = budget.merge(task)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cap.excluded.item() == 1.0
+    assert x.grad.tolist() == pytest.approx([2.0 + 2.0 / 3] * 3)

@@ -746,3 +746,65 @@ def test_views_run_in_half_precision_where_the_training_does() -> None:
     trainer.fit()
     assert seen == [torch.bfloat16, torch.bfloat16]
     assert trainer.telemetry()["equivariance_loss"] > 0
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Unread:
+    """Batches on the device, during which nothing may be read back from it."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = [(x.cuda(), y.cuda()) for x, y in batches]
+
+    def __iter__(self) -> Any:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from self.batches
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("trains", ["original", "views", "both"])
+@pytest.mark.parametrize("distance", ["kl", "l2"])
+def test_on_a_gpu_views_are_compared_without_waiting(distance, trains) -> None:
+    """The weights and the telemetry of the CPU; the detector counts on the device."""
+    said, weights = [], []
+    for device, loader in (("cpu", batches()), ("cuda", Unread(batches()))):
+        model = Reciprocal().to(device)
+        config = TrainingConfig(max_epochs=3, coverage_threshold=0.0, device=device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+        guard = make_guard(distance=distance, trains=trains)
+        trainer = SCMTrainer(model, optimizer, fit, loader, config=config, companions=[guard])
+        trainer.fit()
+        said.append(trainer.telemetry())
+        weights.append(model.net[0].weight.detach().cpu())
+    assert said[1] == pytest.approx(said[0], rel=1e-6)
+    assert torch.allclose(weights[1], weights[0], rtol=1e-6)
+
+
+@needs_gpu
+def test_on_a_gpu_classes_and_contexts_are_those_of_the_cpu() -> None:
+    """Scores of grids, a mask, marginalised views and both pools."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv2d(1, 4, 3, padding=1)).double()
+    grids = torch.randn(3, 5, 5, dtype=F64, generator=seeded())
+    targets = torch.randint(0, 4, (3, 5, 5), generator=seeded())
+
+    def found(device: str) -> list[float]:
+        model.to(device)
+        x, y = grids.to(device), targets.to(device)
+        losses = [
+            OutputEquivarianceLoss(generator=seeded(), distance=distance)(model, x, mask=y > 0).loss
+            for distance in ("kl", "l2")
+        ]
+        losses.append(GroupMarginalizedNLLLoss(generator=seeded())(model, x, y).loss)
+        losses += [pool(model(x)).square().sum() for pool in (global_context, positional_context)]
+        return [loss.item() for loss in losses]
+
+    assert found("cuda") == pytest.approx(found("cpu"), rel=1e-9)

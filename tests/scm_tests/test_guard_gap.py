@@ -1,4 +1,4 @@
-"""Training compared with what is held out: normalised, by the recorded thresholds, trusted where it may be."""
+"""Training compared with what is held out: normalised, by recorded thresholds, trusted where it may be."""
 
 from __future__ import annotations
 
@@ -402,3 +402,16 @@ def test_what_was_said_last_is_in_the_checkpoint(tmp_path) -> None:
     assert resumed.telemetry() == short.telemetry()
     resumed.fit()
     assert resumed.telemetry() == whole.telemetry()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_gaps_are_those_of_the_cpu() -> None:
+    """Rows, measures and the state that comes back are on the device."""
+    said = []
+    for device in ("cpu", "cuda"):
+        model = made(0.0).to(device)
+        sides = [TensorBatches(side.inputs, side.targets, 16, device=device) for side in (rows(0), rows(1))]
+        watch = GapWatch(model, *sides)
+        watch.after_epoch(None)
+        said.append(watch.telemetry())
+    assert said[1] == pytest.approx(said[0], rel=1e-9)

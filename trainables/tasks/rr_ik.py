@@ -259,7 +259,8 @@ class _Signs:
         self._signs = signs
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x * torch.tensor(self._signs, dtype=x.dtype, device=x.device)
+        # Number by number: a tensor of the signs would have to be copied to a GPU, which waits for it.
+        return torch.stack([sign * x[..., i] for i, sign in enumerate(self._signs)], dim=-1)
 
 
 class _Turned:
