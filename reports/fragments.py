@@ -28,6 +28,13 @@ FRAGMENT_ROWS = 500
 # A flush that costs less than this is made at every append; a dearer one at most every FLUSH_INTERVAL_S.
 CHEAP_FLUSH_S = 0.25
 FLUSH_INTERVAL_S = 1.0
+# Python types whose values need no conversion, by column type.
+_USUAL: tuple[tuple[Callable[[pa.DataType], bool], type], ...] = (
+    (pa.types.is_floating, float),
+    (pa.types.is_integer, int),
+    (pa.types.is_boolean, bool),
+    (pa.types.is_string, str),
+)
 
 
 class RunReadError(ValueError):
@@ -37,9 +44,9 @@ class RunReadError(ValueError):
 class FragmentWriter:
     """Appends typed rows to a folder; what was flushed survives the death of the process.
 
-    The writer rewrites its current fragment while it holds at most 500 rows, then opens the next one.
+    The writer rewrites its current fragment while it holds fewer than 500 rows, then opens the next one.
     `append` flushes at once where that is cheap, else at most once a second (`flush_if_due` does the same
-    from a clock, for rows that wait while no other row comes); `flush` and `close` always do.
+    from a clock, for rows that wait while no other row comes); `append_all`, `flush` and `close` always do.
 
     key         columns whose values together may occur once in the folder; () for no such rule
     fill_nan    says of a float column whether a missing value is NaN (measured) or null
@@ -69,7 +76,8 @@ class FragmentWriter:
         self._fill_nan = fill_nan
         self._open_type = open_type
         self._flush_every_append = flush_every_append
-        self._rows: list[dict[str, Any]] = []  # of the current fragment, flushed ones included
+        self._cells = {field.name: self._cell(field) for field in self._schema}
+        self._rows: list[list[Any]] = []  # of the current fragment, flushed ones included
         self._unflushed = 0
         self._flush_cost_s = 0.0
         self._flushed_at_s = -float("inf")
@@ -89,29 +97,23 @@ class FragmentWriter:
         the column's (an int is taken as a float, nothing else is converted), a missing required value, and a
         key that the folder already holds. A refused row changes nothing.
         """
-        if self._closed:
-            raise ValueError(f"writer {self._writer_id} is closed; rows must be appended before close()")
-        schema = self._schema
-        for name in row:
-            if schema.get_field_index(name) < 0:
-                opened = self._open_type(name)
-                if opened is None:
-                    raise ValueError(f"unknown column {name}{nearest_name(name, schema.names)}")
-                schema = schema.append(pa.field(name, opened))
-        typed = {field.name: self._parse_value(field, row.get(field.name)) for field in schema}
-        key = tuple(typed[name] for name in self._key)
-        if self._key and key in self._seen:
-            shown = ", ".join(f"{name}={value}" for name, value in zip(self._key, key, strict=True))
-            raise ValueError(f"a row may be written once, got {shown} again")
-        self._schema = schema
-        self._seen.add(key)
-        self._rows.append(typed)
-        self._unflushed += 1
+        self._take(row)
         cheap = self._flush_every_append and self._flush_cost_s < CHEAP_FLUSH_S
         if cheap or len(self._rows) >= FRAGMENT_ROWS:
             self.flush()
         else:
             self.flush_if_due()
+
+    def append_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Takes rows that came together, and flushes once for all of them; they may make a fragment longer.
+
+        A row that is refused, as by `append`, raises; those before it are taken, and on the disk.
+        """
+        try:
+            for row in rows:
+                self._take(row)
+        finally:
+            self.flush()
 
     def flush_if_due(self) -> None:
         """Flushes when rows wait and the last flush is a second or more ago."""
@@ -123,8 +125,9 @@ class FragmentWriter:
         if not self._unflushed:
             return
         started_s = time.monotonic()
-        columns = {name: [row.get(name) for row in self._rows] for name in self._schema.names}
-        table = pa.table({f.name: self._array(f, columns[f.name]) for f in self._schema}, schema=self._schema)
+        columns = zip(*self._rows, strict=True)
+        arrays = [pa.array(column, type=f.type) for f, column in zip(self._schema, columns, strict=True)]
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
         write_table_atomically(table, self._fragment(self._number))
         self._unflushed = 0
         if len(self._rows) >= FRAGMENT_ROWS:
@@ -146,20 +149,51 @@ class FragmentWriter:
     ) -> None:
         self.close()
 
-    def _parse_value(self, field: pa.Field, value: Any) -> Any:
+    def _take(self, row: Mapping[str, Any]) -> None:
+        if self._closed:
+            raise ValueError(f"writer {self._writer_id} is closed; rows must be appended before close()")
+        cells = self._cells
+        opened = {name: self._opened(name) for name in row if name not in cells}
+        if opened:
+            cells = cells | {name: self._cell(field) for name, field in opened.items()}
+        typed = []
+        for name, (usual, missing, field) in cells.items():
+            value = row.get(name)
+            typed.append(value if type(value) is usual else self._parse_value(field, value, missing))
+        if self._key:
+            key = tuple(typed[self._schema.get_field_index(name)] for name in self._key)
+            if key in self._seen:
+                shown = ", ".join(f"{name}={value}" for name, value in zip(self._key, key, strict=True))
+                raise ValueError(f"a row may be written once, got {shown} again")
+            self._seen.add(key)
+        for name, field in opened.items():
+            self._schema = self._schema.append(field)
+            for taken in self._rows:
+                taken.append(cells[name][1])
+        self._cells = cells
+        self._rows.append(typed)
+        self._unflushed += 1
+
+    def _opened(self, name: str) -> pa.Field:
+        kind = self._open_type(name)
+        if kind is None:
+            raise ValueError(f"unknown column {name}{nearest_name(name, self._schema.names)}")
+        return pa.field(name, kind)
+
+    def _cell(self, field: pa.Field) -> tuple[type | None, Any, pa.Field]:
+        """What a column's values are: the Python type that needs no look, what stands for none, the field."""
+        usual = next((kind for holds, kind in _USUAL if holds(field.type)), None)
+        missing = float("nan") if pa.types.is_floating(field.type) and self._fill_nan(field.name) else None
+        return usual, missing, field
+
+    def _parse_value(self, field: pa.Field, value: Any, missing: Any) -> Any:
         if isinstance(value, np.generic):
             value = value.item()
         if value is None:
             if not field.nullable:
                 raise ValueError(f"column {field.name} must have a value in every row, got None")
-            return float("nan") if pa.types.is_floating(field.type) and self._fill_nan(field.name) else None
+            return missing
         return check_value(field, value)
-
-    def _array(self, field: pa.Field, values: list[Any]) -> pa.Array:
-        # Rows taken before a column was added hold None there, also where a measured value would be NaN.
-        if pa.types.is_floating(field.type) and self._fill_nan(field.name):
-            values = [float("nan") if value is None else value for value in values]
-        return pa.array(values, type=field.type)
 
     def _fragment(self, number: int) -> Path:
         return self._folder / f"{self._writer_id}-{number:05d}.parquet"

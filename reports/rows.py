@@ -30,13 +30,13 @@ class RowWriter(FragmentWriter):
             folder, writer_id, schema, key=("trial_id",), fill_nan=_is_measured, open_type=_metric_type
         )
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Takes one row (see `FragmentWriter.append`); ValueError also for a status that is none."""
+    def _take(self, row: Mapping[str, Any]) -> None:
+        """Takes one row, as `append` and `append_all` do; ValueError also for a status that is none."""
         status = row.get("status")
         if status is not None and status not in TRIAL_STATUSES:
             near = nearest_name(str(status), TRIAL_STATUSES)
             raise ValueError(f"status must be one of {', '.join(TRIAL_STATUSES)}, got {status=}{near}")
-        super().append(row)
+        super()._take(row)
 
 
 def read_rows(run: Path) -> pa.Table:
