@@ -82,7 +82,7 @@ class NearPoleStatistics:
     def _open(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._extremes = torch.full((2,), math.inf, dtype=torch.float64, device=device)
-        self._extremes[1] = -math.inf
+        self._extremes[1:].fill_(-math.inf)  # an assignment would copy the number there and wait
         self._batch = torch.full((len(_BATCH),), math.nan, dtype=torch.float64, device=device)
 
     # --- recording ------------------------------------------------------------------------------------

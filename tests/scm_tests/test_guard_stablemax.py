@@ -556,19 +556,20 @@ def test_on_a_gpu_a_stray_target_is_refused_without_waiting(loss):
     logits = torch.randn((2, 10, 5, 5), generator=generator) * 40
     targets = torch.randint(10, (2, 5, 5), generator=generator)
     made, here = loss(track_nan_telemetry=True), loss()
-    on_device, stray = logits.cuda().requires_grad_(), targets.cuda()
-    made(on_device, stray).backward()
+    strayed = targets.clone()
+    strayed[0, 0, 0] = 10
+    on_device, right, stray = logits.cuda().requires_grad_(), targets.cuda(), strayed.cuda()
+    made(on_device, right).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        value = made(on_device, stray)
+        value = made(on_device, right)
         value.backward()
-        stray[0, 0, 0] = 10
         made(on_device, stray)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert value.item() == pytest.approx(here(logits, targets).item(), rel=1e-5)
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match=r"targets must be in \[0, 10\) or ignore_index, got 1 others"):
-        made(on_device, targets.cuda())
+        made(on_device, right)
     assert made.get_nan_telemetry()["nan_rate"] == 0.0
