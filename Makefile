@@ -41,6 +41,7 @@ lint: setup
 bench-quick: setup
 	$(BIN)/python benchmarks/step_time.py --quick
 	$(BIN)/python benchmarks/peer_domains.py --quick
+	$(BIN)/python benchmarks/failure_modes.py --quick
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
