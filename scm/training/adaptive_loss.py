@@ -589,7 +589,7 @@ def _answers(moment: Moment) -> tuple[Tensor, Tensor | None, Tensor | None]:
     accepted = (P / Q).isfinite() & Q.isfinite() & (Q.abs() >= moment.facts["tau"])
     semantic = moment.fed.semantic
     trained = None if semantic is None else bool_mask("mask_trained", semantic.mask_trained, accepted)
-    return accepted, trained, weights_of_rows(moment.facts.get("row_weights"), accepted)
+    return accepted, trained, weights_of_rows(moment.row_weights, accepted)
 
 
 # --- as one loss function -------------------------------------------------------------------------------

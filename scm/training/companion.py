@@ -38,6 +38,12 @@ class Moment:
     terms: LossTerms | None = None
     found: dict[str, Any] = field(default_factory=dict)  # what companions tell one another
 
+    @property
+    def row_weights(self) -> Tensor | None:
+        """What each row counts, (rows,): as a companion put it into the facts, else as the loader gave it."""
+        told: Tensor | None = self.facts.get("row_weights")
+        return self.fed.extras.get("row_weights") if told is None else told
+
 
 class Companion(Protocol):
     """All that a companion may have; none of it is required.

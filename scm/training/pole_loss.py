@@ -77,9 +77,7 @@ class PoleLossTerm:
                 f"got {type(moment.outputs).__name__} without it"
             )
         targets = self._targets(logits, moment)
-        weights = moment.facts.get("row_weights")
-        weights = moment.fed.extras.get("row_weights") if weights is None else weights
-        loss = pole_loss(logits, targets, form=self.form, row_weights=weights)
+        loss = pole_loss(logits, targets, form=self.form, row_weights=moment.row_weights)
         moment.terms.auxiliaries["pole"] = self.lambda_pole * loss
         self._pending.append((logits.detach(), targets, loss.detach()))
         self._batches += 1

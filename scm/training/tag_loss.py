@@ -195,7 +195,7 @@ class TagLossTerm:
         own = torch.where(truth == NO_LABEL, NO_LABEL, _model_tags(moment, logits))
         labels = truth if self.labels == "data" else own
         _check_shapes(labels, logits)
-        loss = _cross_entropy(labels, logits, _row_weights(moment))
+        loss = _cross_entropy(labels, logits, moment.row_weights)
         weight = self.weight
         if self.adaptive:
             counted = (own != NO_LABEL).sum()
@@ -301,11 +301,6 @@ def _model_tags(moment: Moment, logits: Tensor) -> Tensor:
 def _fitted(tags: Tensor, logits: Tensor) -> Tensor:
     """Return one tag for each group of logits: the outputs' own, or the row's."""
     return tags if tags.ndim < logits.ndim else tags_of_rows(tags)
-
-
-def _row_weights(moment: Moment) -> Tensor | None:
-    told: Tensor | None = moment.facts.get("row_weights")
-    return moment.fed.extras.get("row_weights") if told is None else told
 
 
 def _described(outputs: Any) -> str:
