@@ -43,8 +43,9 @@ class _Trial:
 @dataclass(slots=True)
 class _Cohort:
     members: dict[str, dict[int, _Trial]]
+    entrants: set[str]
+    awaited: set[TrialKey]  # of the entrants, those whose value at the rung is still to come
     rung: int = 0  # the rung that is still to be decided
-    entrants: list[str] = field(default_factory=list)
 
 
 class RungBoard:
@@ -79,7 +80,13 @@ class RungBoard:
             seeds[seed] = _Trial()
         if not trials:
             raise ValueError(f"a cohort must have members, got none for {cohort=}")
-        self._cohorts[cohort] = _Cohort(trials, entrants=sorted(trials))
+        everyone = {(config_id, seed) for config_id, seeds in trials.items() for seed in seeds}
+        self._cohorts[cohort] = _Cohort(trials, set(trials), everyone)
+
+    def close_cohort(self, cohort: int) -> None:
+        """Forget a cohort whose trials have all ended."""
+        self._state(cohort)
+        del self._cohorts[cohort]
 
     def report(
         self, cohort: int, config_id: str, seed: int, epoch: int, value: float | None
@@ -98,7 +105,7 @@ class RungBoard:
             trial.values.setdefault(r, number)
         if not trial.stopped and len(reached) > trial.passed:
             trial.waits_at = trial.passed
-        freed = self._settle(cohort)
+        freed = self._settle(cohort, config_id, seed)
         own = self._decision(cohort, config_id, seed)
         return [
             own,
@@ -118,46 +125,40 @@ class RungBoard:
             number = math.nan if value is None else float(value)
             for r in range(len(self.rungs)):
                 trial.values.setdefault(r, number)
-        return self._settle(cohort)
+        return self._settle(cohort, config_id, seed)
 
     def awaited(self, cohort: int) -> list[TrialKey]:
         """The trials, sorted, that must still report or leave before the cohort's next rung is decided."""
-        state = self._state(cohort)
-        if state.rung >= len(self.rungs):
-            return []
-        return [
-            (c, s)
-            for c in state.entrants
-            for s, t in sorted(state.members[c].items())
-            if state.rung not in t.values
-        ]
+        return sorted(self._state(cohort).awaited)
 
-    def _settle(self, cohort: int) -> list[Decision]:
-        """Decide whatever can be decided; gives a decision for every trial that waited and does no longer."""
+    def _settle(self, cohort: int, config_id: str, seed: int) -> list[Decision]:
+        """Decide what the news of one trial allows; gives a decision for all who waited and do no longer."""
         state = self._state(cohort)
+        if state.rung in self._trial(cohort, config_id, seed).values:
+            state.awaited.discard((config_id, seed))
+        # Until the last value of a rung is there, a trial's news concern its own config alone.
+        decides = state.rung < len(self.rungs) and not state.awaited
+        concerned = sorted(state.members) if decides else [config_id]
         waiting = [
-            (c, s)
-            for c, seeds in sorted(state.members.items())
-            for s in sorted(seeds)
-            if seeds[s].waits_at is not None
+            (c, s) for c in concerned for s, t in sorted(state.members[c].items()) if t.waits_at is not None
         ]
-        while state.rung < len(self.rungs) and not self.awaited(cohort):
+        while state.rung < len(self.rungs) and not state.awaited:
             go_on = self._survivors(state)
-            for config_id in state.entrants:
-                for trial in state.members[config_id].values():
-                    trial.stopped = config_id not in go_on
+            for entrant in state.entrants:
+                for trial in state.members[entrant].values():
+                    trial.stopped = entrant not in go_on
                     trial.passed += not trial.stopped
             state.entrants = go_on
             state.rung += 1
             self._renew_waits(state)
-        self._stop_the_doomed(state)
+        self._stop_the_doomed(state, concerned)
         return [d for d in (self._decision(cohort, c, s) for c, s in waiting) if d.action != "wait"]
 
-    def _survivors(self, state: _Cohort) -> list[str]:
+    def _survivors(self, state: _Cohort) -> set[str]:
         worth = {config_id: self._worth(state, config_id) for config_id in state.entrants}
         finite = [config_id for config_id in state.entrants if math.isfinite(worth[config_id])]
         places = math.ceil(len(state.entrants) / self.eta)
-        return sorted(sorted(finite, key=lambda config_id: (worth[config_id], config_id))[:places])
+        return set(sorted(finite, key=lambda config_id: (worth[config_id], config_id))[:places])
 
     def _worth(self, state: _Cohort, config_id: str) -> float:
         """The mean over the seeds, small is good; infinite where a seed has no finite value."""
@@ -171,6 +172,12 @@ class RungBoard:
 
     def _renew_waits(self, state: _Cohort) -> None:
         """After a rung: who reported beyond the next one waits there, the others go on or are gone."""
+        state.awaited = {
+            (c, s)
+            for c in (state.entrants if state.rung < len(self.rungs) else ())
+            for s, trial in state.members[c].items()
+            if state.rung not in trial.values
+        }
         for seeds in state.members.values():
             for trial in seeds.values():
                 there = (
@@ -181,9 +188,11 @@ class RungBoard:
                 )
                 trial.waits_at = state.rung if there else None
 
-    def _stop_the_doomed(self, state: _Cohort) -> None:
+    def _stop_the_doomed(self, state: _Cohort, concerned: Sequence[str]) -> None:
         """End the waiting trials of configs with a seed that has no finite value at this rung."""
-        for config_id in state.entrants if state.rung < len(self.rungs) else ():
+        if state.rung >= len(self.rungs):
+            return
+        for config_id in state.entrants.intersection(concerned):
             seeds = state.members[config_id].values()
             if any(not math.isfinite(trial.values.get(state.rung, 0.0)) for trial in seeds):
                 for trial in seeds:

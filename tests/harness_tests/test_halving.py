@@ -228,6 +228,15 @@ def test_cohorts_do_not_see_each_other():
     assert board.awaited(0) == [("b", 0)]
 
 
+def test_a_closed_cohort_is_forgotten():
+    """Nothing is kept of trials that have ended: a long sweep has many."""
+    board = RungBoard((1,), 2)
+    board.open_cohort(0, [("a", 0)])
+    board.close_cohort(0)
+    with pytest.raises(ValueError, match="a cohort must be opened first, got cohort=0"):
+        board.report(0, "a", 0, 1, 0.0)
+
+
 BAD = {
     "no rungs": (lambda: RungBoard(()), "rungs must be epochs >= 1 that increase"),
     "not increasing": (lambda: RungBoard((3, 3)), "rungs must be epochs >= 1 that increase"),
