@@ -135,15 +135,16 @@ class OutputEquivarianceLoss:
             if outputs is None or (self.evaluate and draws_in_training(model)):
                 outputs = model(inputs)
             with torch.no_grad() if self.trains == "original" else nullcontext():
-                views = [compared(symmetry.undo(model(symmetry.apply(inputs)))) for symmetry in symmetries]
+                views = self._views(model, inputs, symmetries)
         original = compared(outputs)
         if self.trains == "views":
             original = original.detach() if isinstance(original, Tensor) else _detached(original)
         if isinstance(original, Tensor):
-            loss, each = self._of_classes(original, views, mask)
+            loss, each = self._of_classes(original, torch.stack(views), mask)
         else:
-            loss, each = self._of_lines(original, views, mask)
-        return Equivariance(loss, {item.name: value for item, value in zip(symmetries, each, strict=True)})
+            P, Q = zip(*views, strict=True)
+            loss, each = self._of_lines(original, (torch.stack(P), torch.stack(Q)), mask)
+        return Equivariance(loss, dict(zip([item.name for item in symmetries], each.unbind(), strict=True)))
 
     def named(self, names: Sequence[str]) -> list[Symmetry]:
         """Return symmetries by name; ValueError naming the known for any other."""
@@ -155,47 +156,79 @@ class OutputEquivarianceLoss:
         order = torch.randperm(len(every), generator=self.generator)[: self.views]
         return [every[place] for place in order.tolist()]
 
-    def _of_classes(
-        self, original: Tensor, views: list[Any], mask: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        places = original.select(1, 0)
-        mask = None if mask is None else bool_mask("mask", mask, places)
-        logs = torch.stack([_log_shares(view) for view in views])
-        own = _log_shares(original)
+    def _views(
+        self, model: Callable[[Tensor], Any], inputs: Tensor, symmetries: Sequence[Symmetry]
+    ) -> list[Any]:
+        """Return what is compared of the answers to every view, brought back; by one call where that may be.
+
+        In eval mode a row's answer does not depend on the rows beside it, so that views of one shape are
+        answered together.
+        """
+        turned = [symmetry.apply(inputs) for symmetry in symmetries]
+        alike = len({item.shape for item in turned}) == 1
+        if len(turned) > 1 and alike and self.evaluate and isinstance(model, nn.Module):
+            parts = _parted(model(torch.cat(turned)), len(turned), len(inputs))
+        else:
+            parts = [model(item) for item in turned]
+        return [compared(symmetry.undo(part)) for symmetry, part in zip(symmetries, parts, strict=True)]
+
+    def _of_classes(self, original: Tensor, views: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        mask = None if mask is None else bool_mask("mask", mask, original.select(1, 0))
+        classes = 1 - original.ndim  # counted from the end: views stand before the rows
+        logs, own = _log_shares(views, classes), _log_shares(original, classes)
         mean = logs[0] if len(views) == 1 else logs.logsumexp(dim=0) - math.log(len(views))
         loss = mean_over(self._divergence(mean, own), mask)[0]
         with torch.no_grad():
-            each = [mean_over(self._divergence(log, own), mask)[0] for log in logs]
-        return loss, each
+            each = loss[None] if len(views) == 1 else _mean_by_view(self._divergence(logs, own), mask)
+        return loss, each.detach()
 
     def _divergence(self, target: Tensor, own: Tensor) -> Tensor:
         """Return what the distribution `own` lacks of `target`, per place; of both the logarithms are given.
 
         Logarithms of shares are finite where the shares are 0 as floats, and so is every gradient.
         """
+        classes = 1 - own.ndim
         shares = target.exp()
         if self.distance == "l2":
-            return (shares - own.exp()).square().mean(dim=1)
+            return (shares - own.exp()).square().mean(dim=classes)
         if self.epsilon > 0:
             target, own = (shares + self.epsilon).log(), (own.exp() + self.epsilon).log()
-        return (shares * (target - own)).sum(dim=1)
+        return (shares * (target - own)).sum(dim=classes)
 
     def _of_lines(
-        self, original: tuple[Tensor, Tensor], views: list[Any], mask: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, original: tuple[Tensor, Tensor], views: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         mask = None if mask is None else bool_mask("mask", mask, original[0])
-        gated = gate_tuple(*original)
-        each = []
-        for view in views:
-            pair = view if self.trains == "original" else gate_tuple(*view)
-            each.append(mean_over(line_distance(*gated, *pair, distance=self.distance), mask)[0])
-        return torch.stack(each).mean(), [value.detach() for value in each]
+        pair = views if self.trains == "original" else gate_tuple(*views)
+        each = _mean_by_view(line_distance(*gate_tuple(*original), *pair, distance=self.distance), mask)
+        return each.mean(), each.detach()
 
 
-def _log_shares(scores: Tensor) -> Tensor:
-    """Return the log-probabilities of scores (B, C, ...), a class excluded by -inf with a finite one."""
+def _mean_by_view(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the means over places of (V, ...), (V,); over the places of `mask`, 0 where there are none."""
+    if mask is None:
+        return values.flatten(1).mean(dim=1)
+    return torch.where(mask, values, 0.0).flatten(1).sum(dim=1) / mask.sum().clamp(min=1)
+
+
+def _parted(outputs: Any, views: int, rows: int) -> list[Any]:
+    """Return the answers to several views from one answer to all of their rows, view by view."""
+    if isinstance(outputs, Tensor):
+        joined = outputs.ndim > 0 and len(outputs) == views * rows
+        return list(outputs.split(rows)) if joined else [outputs] * views
+    if isinstance(outputs, Mapping):
+        named = {name: _parted(item, views, rows) for name, item in outputs.items()}
+        return [{name: items[view] for name, items in named.items()} for view in range(views)]
+    if isinstance(outputs, (tuple, list)):
+        columns = [_parted(item, views, rows) for item in outputs]
+        return [tuple(column[view] for column in columns) for view in range(views)]
+    raise TypeError(f"outputs must be tensors in tuples, lists or mappings, got {type(outputs).__name__}")
+
+
+def _log_shares(scores: Tensor, classes: int) -> Tensor:
+    """Return the log-probabilities of scores, a class excluded by -inf with a finite one."""
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return scores.clamp(min=_LEAST_SCORE).log_softmax(dim=1)
+    return scores.clamp(min=_LEAST_SCORE).log_softmax(dim=classes)
 
 
 def _detached(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
