@@ -209,6 +209,9 @@ OTHER: dict[str, Any] = {
     "basis": "chebyshev",
     "lambda_pole": 1.0,
     "pole_threshold": 0.9,
+    "lambda_tag": 1.0,
+    "tag_labels": "model",
+    "tag_adaptive": True,
 }
 HYBRID: dict[str, Any] = {
     "fit": "quotient",
@@ -239,6 +242,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "denominator_degree": {"head": "multihead"},
     "basis": {"head": "multihead"},
     "pole_threshold": {"lambda_pole": 1.0},
+    "tag_labels": {"lambda_tag": 1.0},
+    # Above a coverage of 0.98 alone: every answer of these is one.
+    "tag_adaptive": {"lambda_tag": 1.0, "tau_train_min": 1e-6, "tau_train_max": 1e-6, "tau_infer": 1e-6},
     "output_bound_form": {"output_bound": 0.5},
     "saturation_threshold": {"lambda_saturation": 1.0},
     "target_spread": {"lambda_spread": 1.0},
