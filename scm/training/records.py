@@ -135,12 +135,15 @@ def _rows(alike: list[_Pending]) -> Tensor:
         denominators = None
         if alike[0].denominator is not None:
             denominators = torch.stack([held.denominator for held in alike if held.denominator is not None])
-        counted = _count(numerators, denominators, told[:, 0]).to(device)
+        counted = count_answers(numerators, denominators, told[:, 0]).to(device)
     return torch.cat([losses[:, None], told, counted], dim=1)
 
 
-def _count(numerators: Tensor, denominators: Tensor | None, taus: Tensor) -> Tensor:
-    """Return (K, 6): samples, bottoms, min |Q|, sum |Q|, number of finite |Q|, samples with bad outputs."""
+def count_answers(numerators: Tensor, denominators: Tensor | None, taus: Tensor) -> Tensor:
+    """Return (K, 6): samples, bottoms, min |Q|, sum |Q|, number of finite |Q|, samples with bad outputs.
+
+    numerators, denominators: the answers of K micro-batches, (K, samples, ...); taus: (K,), their thresholds.
+    """
     numerators = _widened(numerators)
     good = torch.isfinite(numerators)
     if denominators is None:

@@ -56,9 +56,12 @@ def validate_model(
     if not rows:
         return None
     table = torch.stack(rows).tolist()
-    metrics = _metrics(table, sizes, tau_infer)
+    metrics = validation_metrics(table, sizes, tau_infer)
     for name, reducer in reducers.items():
-        singles = [(_metrics([row], [size], tau_infer), size) for row, size in zip(table, sizes, strict=True)]
+        singles = [
+            (validation_metrics([row], [size], tau_infer), size)
+            for row, size in zip(table, sizes, strict=True)
+        ]
         metrics[name] = float(reducer([(single[name], size) for single, size in singles if name in single]))
     return metrics, int(sum(row[6] for row in table))
 
@@ -97,7 +100,10 @@ def _batch_row(
     return torch.stack([number.to(device=numerator.device, dtype=torch.float64) for number in numbers])
 
 
-def _metrics(table: list[list[float]], sizes: list[int], tau_infer: float) -> dict[str, float]:
+def validation_metrics(table: list[list[float]], sizes: list[int], tau_infer: float) -> dict[str, float]:
+    """Return the metrics of batches of these sizes: of each its loss, samples, bottoms, and the least |Q|,
+    their sum and number, and samples with bad outputs.
+    """
     losses, samples, bottoms, smallest, sums, counts, _ = (
         list(column) for column in zip(*table, strict=True)
     )
