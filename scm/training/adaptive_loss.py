@@ -327,7 +327,7 @@ class AdaptiveLambda:
     histories or the state are read.
 
     Differs from zeroproof 0.1.0: every setting is checked; histories are bounded and say which batch they are
-    of; there is a state for checkpoints; workers can share what they counted (`summed_counts`).
+    of; there is a state for checkpoints.
     """
 
     def __init__(self, config: AdaptiveLossConfig | None = None) -> None:
@@ -360,7 +360,7 @@ class AdaptiveLambda:
     def update(self, answers: Answers) -> None:
         """Take one batch into account: tags, which answers are bottom, or counts; never waits for a device.
 
-        With several workers, give each of them the counts of all: `summed_counts`.
+        With several workers, give each of them the counts of all: `scm.training.coverage.summed_counts`.
         """
         self.update_counts(count_tags(answers))
 
@@ -479,22 +479,6 @@ def _read(history: Iterable[tuple[int, Number]]) -> list[tuple[int, float]]:
 def _entry(entry: Iterable[Any]) -> tuple[int, Number]:
     step, value = entry
     return int(step), float(value)
-
-
-def summed_counts(counts: Iterable[TagCounts]) -> TagCounts:
-    """Add up what several workers counted of one batch, for one update that is the same for all of them.
-
-    Among processes the sum of the tensors is ``torch.distributed.all_reduce(counts)``. The multipliers of
-    workers that are told sums never part; averaging them afterwards is not needed, and of multipliers that
-    met their bounds not the same.
-    """
-    held = list(counts)
-    if not held:
-        raise ValueError("counts must be of at least one worker, got none")
-    if all(isinstance(own, Tensor) for own in held):
-        return torch.stack([own for own in held if isinstance(own, Tensor)]).sum(0)
-    plain = [own.tolist() if isinstance(own, Tensor) else own for own in held]
-    return tuple(sum(column) for column in zip(*plain, strict=True))
 
 
 # --- in a training --------------------------------------------------------------------------------------

@@ -135,11 +135,14 @@ class CoverageTracker:
         updated equally often this is exact. ValueError for another target or window.
         """
         self._check_same(other.target_coverage, other.window_size)
-        self._batch = _Tally(_summed(self._batch.read_counts(), other._batch.read_counts()))
+        self._batch = _Tally(summed_counts(self._batch.read_counts(), other._batch.read_counts()))
         self._cumulative.add(other._cumulative.read_counts())
         longer, shorter = sorted((list(self._window), list(other._window)), key=len, reverse=True)
         first = len(longer) - len(shorter)
-        joined = [_summed(_on_host(a), _on_host(b)) for a, b in zip(longer[first:], shorter, strict=True)]
+        joined: list[TagCounts]
+        joined = [
+            summed_counts(_on_host(a), _on_host(b)) for a, b in zip(longer[first:], shorter, strict=True)
+        ]
         self._window, self._in_window = deque(), _Tally()
         for counts in [*map(_on_host, longer[:first]), *joined]:
             self._push(counts)
@@ -162,8 +165,8 @@ class CoverageTracker:
 
     @property
     def window(self) -> CoverageMetrics | None:
-        """The counts of the last `window_size` batches; None without a window."""
-        return None if self.window_size is None else self._in_window.read()
+        """The counts of the last `window_size` batches; None without a window, and before the first update."""
+        return self._in_window.read() if self._window else None
 
     @property
     def batch_coverage(self) -> float:
@@ -177,13 +180,14 @@ class CoverageTracker:
 
     @property
     def window_coverage(self) -> float | None:
-        """Of all answers of the window, every answer weighing the same; None without a window."""
-        return None if self.window is None else self.window.coverage
+        """Of all answers of the window, every answer weighing the same; None where `window` is."""
+        window = self.window
+        return None if window is None else window.coverage
 
     @property
     def coverage(self) -> float:
         """Of the window where there is one, else of all answers."""
-        return self.cumulative_coverage if self.window_coverage is None else self.window_coverage
+        return (self.cumulative if self.window is None else self.window).coverage
 
     @property
     def coverage_gap(self) -> float:
@@ -354,6 +358,19 @@ def count_bottoms(bottom: Tensor, mask: Tensor | None = None) -> TagCounts:
     return torch.stack([all_of_them - found, none, none, none, found, none])
 
 
+def summed_counts(*counts: TagCounts) -> TagCounts:
+    """Add up what several workers counted of one batch, for an update that is the same for all of them.
+
+    Among processes the sum of the tensors is ``torch.distributed.all_reduce(counts)``. Controllers that are
+    told sums never part; multipliers need no averaging, which would not be the same where one met its bounds.
+    """
+    if not counts:
+        raise ValueError("counts must be of at least one worker, got none")
+    if all(isinstance(own, Tensor) for own in counts):
+        return torch.stack([own for own in counts if isinstance(own, Tensor)]).sum(0)
+    return tuple(map(sum, zip(*(_plain(own) for own in counts), strict=True)))
+
+
 def _count_sequence(answers: Iterable[int]) -> tuple[int, ...]:
     found = Counter(answers)
     counts = [found.pop(tag, 0) for tag in _TAGS]
@@ -372,7 +389,7 @@ class _Tally:
 
     def add(self, counts: TagCounts) -> None:
         if not isinstance(counts, Tensor):
-            self._host = _summed(self._host, counts)
+            self._host = _plain(summed_counts(self._host, counts))
             return
         if self._unread is not None and self._unread.device != counts.device:
             self.read_counts()
@@ -384,7 +401,7 @@ class _Tally:
     def read_counts(self) -> tuple[int, ...]:
         """Return the sums, of a device too; ValueError for tags that are none."""
         if self._unread is not None:
-            self._host = _summed(self._host, _on_host(self._unread))
+            self._host = _plain(summed_counts(self._host, _on_host(self._unread)))
             self._unread = None
         return self._host
 
@@ -392,15 +409,15 @@ class _Tally:
         return CoverageMetrics(*self.read_counts()[: len(_TAGS)])
 
 
+def _plain(counts: TagCounts) -> tuple[int, ...]:
+    return tuple(counts.tolist()) if isinstance(counts, Tensor) else counts
+
+
 def _on_host(counts: TagCounts) -> tuple[int, ...]:
-    held = tuple(counts.tolist()) if isinstance(counts, Tensor) else counts
+    held = _plain(counts)
     if held[-1]:
         raise ValueError(f"answers must be tags, {TRTag.REAL:d} to {_TAGS[-1]:d}, got {held[-1]} others")
     return held
-
-
-def _summed(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 def _check_at_least_one(name: str, value: object) -> None:
