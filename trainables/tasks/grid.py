@@ -27,7 +27,7 @@ from scm.losses.terms import LossTerms
 from scm.losses.training import SCMTrainingLoss
 from scm.training.targets import STATUS_CODES, SemanticTargets, lift_semantic_targets
 from scm.trial import make_training_loss
-from trainables.tasks.generated import check_choice, check_count, check_real
+from trainables.tasks.generated import check_choice, check_count
 from trainables.tasks.grid_data import (
     COLOURS,
     OUTSIDE,
@@ -103,8 +103,8 @@ class GridParams:
         check_choice("loss", self.loss, LOSSES)
         for name in ("confidence_weight", "clue_weight"):
             value = getattr(self, name)
-            if value != 0:
-                check_real(name, value, above=0.0)
+            if type(value) not in (int, float) or not 0 <= value < float("inf"):
+                raise TaskError(f"{name} must be a number >= 0, got {value!r}")
         shares = self.fractions
         if len(shares) != len(SPLIT_NAMES) or not all(0 < share < 1 for share in shares):
             raise TaskError(f"fractions must be three shares in (0, 1), got {list(shares)}")
@@ -169,8 +169,9 @@ class GridTask:
         return GridLoss(self.params, config)
 
     def symmetries(self) -> Mapping[str, Symmetry]:
-        """The square's eight: all grids of a row turn alike, scores and attention turn with them, and what
-        is said of a whole row stays."""
+        """The square's eight: all grids of a row turn alike, scores and attention with them, and what is said
+        of a whole row stays. Canvases turn: a grid that does not fill its own moves to another corner.
+        """
         return {
             name: Symmetry(name, item.forward, item.inverse, restore=_Restored(item))
             for name, item in D4.items()
