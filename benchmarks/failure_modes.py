@@ -242,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
     torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True  # else two runs that should be the same are not
     begun = time.perf_counter()
     measured = run_cases(cases, SEEDS[:1] if arguments.quick else SEEDS, torch.device(arguments.device))
     duration_s = time.perf_counter() - begun

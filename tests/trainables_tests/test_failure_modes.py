@@ -34,13 +34,23 @@ def bench(load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def made_up(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def make_target(bench: ModuleType) -> Callable[..., Any]:
+    """The class of the cases' targets."""
+    from injected_failures import Target
+
+    return Target
+
+
+@pytest.fixture
+def made_up(
+    bench: ModuleType, make_target: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
     """Have every case come to the same numbers at once, and ask that the guard's is 1."""
 
     def put(**numbers: Any) -> None:
         held = {"without_guard": 0.0, "with_guard": 1.0, "clean": 1.0, "clean_with_guard": 1.0}
         found = bench.Found(**{**held, "clean_change": 0.0, **numbers})
-        target = type(bench.CASES["F1a"].targets[0])("with_guard", "==", 1.0)
+        target = make_target("with_guard", "==", 1.0)
         for name, case in bench.CASES.items():
             replaced = replace(case, run=lambda setting: found, targets=(target,))
             monkeypatch.setitem(bench.CASES, name, replaced)
@@ -97,21 +107,27 @@ def test_the_same_seed_measures_the_same(bench: ModuleType) -> None:
     ],
 )
 def test_a_target_holds_where_its_number_keeps_the_bound(
-    bench: ModuleType, value: float, rule: str, limit: float, beside: str, holds: bool
+    bench: ModuleType,
+    make_target: Callable[..., Any],
+    value: float,
+    rule: str,
+    limit: float,
+    beside: str,
+    holds: bool,
 ) -> None:
     """Against a number, or beside another one; nan keeps no bound but that it is nan."""
     found = bench.Found(
         without_guard=0.0, with_guard=value, clean=1.0, clean_with_guard=1.0, clean_change=0.0
     )
-    target = type(bench.CASES["F1a"].targets[0])("with_guard", rule, limit, beside)
-    assert target.holds(found) is holds
+    assert make_target("with_guard", rule, limit, beside).holds(found) is holds
 
 
-def test_a_number_that_was_not_measured_keeps_no_bound(bench: ModuleType) -> None:
+def test_a_number_that_was_not_measured_keeps_no_bound(
+    bench: ModuleType, make_target: Callable[..., Any]
+) -> None:
     """A published remedy that is asked for and absent is a miss."""
     found = bench.Found(without_guard=0.0, with_guard=0.0, clean=0.0, clean_with_guard=0.0, clean_change=0.0)
-    target = type(bench.CASES["F1a"].targets[0])("reference_rule", "<=", 1.0)
-    assert not target.holds(found)
+    assert not make_target("reference_rule", "<=", 1.0).holds(found)
 
 
 @pytest.mark.parametrize(("with_guard", "code"), [(1.0, 0), (0.0, 1), (math.nan, 1)])
