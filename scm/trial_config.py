@@ -133,7 +133,7 @@ class TrialConfig:
     restore_best: bool = _knob(False)
 
     coverage_control: str = _knob("none", choices=("none", "reference", "unbiased"))
-    control_rate: float = _knob(0.1, _POSITIVE, **_CONTROL)
+    control_rate: float = _knob(0.03, _POSITIVE, **_CONTROL)
     control_dead_band: float | None = _knob(None, _SHARE, **_CONTROL)
     control_momentum: float = _knob(0.0, _DECAY, **_CONTROL)
     control_warmup_steps: int = _knob(200, _NOT_NEGATIVE, **_CONTROL)

@@ -165,7 +165,7 @@ class CoverageTracker:
 
     @property
     def window(self) -> CoverageMetrics | None:
-        """The counts of the last `window_size` batches; None without a window, and before the first update."""
+        """The counts of the last `window_size` batches; None without a window, or any batch."""
         return self._in_window.read() if self._window else None
 
     @property
