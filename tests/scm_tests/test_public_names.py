@@ -27,7 +27,10 @@ NAMES: dict[str, str] = {
     "scm.losses.quotient": "quotient_loss",
     "scm.losses.margin": "margin_loss",
     "scm.losses.sign": "sign_consistency_loss",
-    "scm.losses.coverage": "coverage rejection_loss soft_coverage_loss",
+    "scm.losses.coverage": "coverage rejection_loss soft_coverage_loss ranked_coverage_loss",
+    "scm.training.coverage": "CoverageTracker MultiOutputCoverageTracker CoverageMetrics "
+    "CoverageEnforcementPolicy",
+    "scm.training.adaptive_loss": "AdaptiveLossConfig AdaptiveLambda create_adaptive_loss CoverageController",
     "scm.losses.separation": "scm_separation_losses",
     "scm.autodiff.policies": "GradientPolicy GradientPolicyConfig gradient_policy register_policy get_policy "
     "apply_policy apply_policy_vector",
