@@ -39,6 +39,7 @@ ACTS = "acts"
 ON_FAULTS = "acts on faults"
 MEASURES = "measures"
 IDLE = "idle"
+UNTRIED = "untried"
 ALIKE = "alike"
 DEAD = "dead"
 NEVER_ACTIVE = "never active"
@@ -177,7 +178,7 @@ def _judge(
     """
     values = moved[0][1] if moved else [None, None]
     pairs = list(itertools.combinations(range(len(values)), 2))
-    alike, inactive = set(pairs), set(pairs)
+    alike, inactive, compared = set(pairs), set(pairs), False
     told_apart_by_telemetry = False
     failure = ""
     for poisoned in (False, True):
@@ -187,6 +188,7 @@ def _judge(
                 one, other = (evidence[i] for i in pair)
                 if one is None or other is None:
                     continue
+                compared = True
                 if one is not other:
                     inactive.discard(pair)
                 if one.status == other.status == "failed" and one.error == other.error:
@@ -203,6 +205,8 @@ def _judge(
             break
     told = f"in {len(moved)} draws"
     if len(alike) == len(pairs):
+        if not compared:
+            return KnobVerdict(knob, where, UNTRIED, "what it would be moved to breaks a rule between knobs")
         if failure:
             return KnobVerdict(knob, where, FAILS, failure)
         if told_apart_by_telemetry:
@@ -320,4 +324,4 @@ def lines_of(audit: Audit) -> Iterator[str]:
 
 
 def _order(verdict: str) -> int:
-    return (ACTS, ON_FAULTS, MEASURES, IDLE, *FINDINGS).index(verdict)
+    return (ACTS, ON_FAULTS, MEASURES, IDLE, UNTRIED, *FINDINGS).index(verdict)

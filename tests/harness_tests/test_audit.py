@@ -18,6 +18,7 @@ from harness.audit import (
     MEASURES,
     NEVER_ACTIVE,
     ON_FAULTS,
+    UNTRIED,
     Audit,
     KnobVerdict,
     audit_plan,
@@ -163,6 +164,14 @@ def test_what_a_plan_fixes_is_compared_with_its_default(own_plan):
         "optimizer": ACTS,
     }
     assert found["hidden_depth"].detail.startswith("5 trains as the default 2 does")
+
+
+def test_a_knob_that_others_pin_is_not_called_dead(own_plan):
+    """Three thresholds fixed at one value: the default of the first would break the order of all."""
+    space = {"learning_rate": {"type": "float", "low": 1e-3, "high": 1e-1}}
+    path = own_plan(space, tau_infer=0.2, tau_train_min=0.2, tau_train_max=0.2)
+    found = verdicts(audit_of(path), "config")
+    assert found["tau_train_min"] == found["tau_train_max"] == UNTRIED
 
 
 def test_a_value_that_fails_is_named_with_its_message(own_plan):
