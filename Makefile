@@ -42,6 +42,7 @@ bench-quick: setup
 	$(BIN)/python benchmarks/step_time.py --quick
 	$(BIN)/python benchmarks/peer_domains.py --quick
 	$(BIN)/python benchmarks/failure_modes.py --quick
+	$(BIN)/python benchmarks/coverage_control.py --quick
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
