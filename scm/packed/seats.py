@@ -1,0 +1,197 @@
+"""Who is in a pack, and what is kept of each: weights, optimizers, counts and settings, as tensors.
+
+Everything here has the trials first and holds until someone enters or leaves. What is done with it in a step
+is decided in `engine`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from scm.autodiff.policies import POLICY_CODES, GradientPolicy
+from scm.data import Split
+from scm.guards.finite import DEFAULT_STREAKS
+from scm.packed.batches import StackedSplit
+from scm.packed.carried import CARRIED
+from scm.packed.control import CONTROL_SETTINGS, control_settings, first_state
+from scm.packed.eligibility import IN_LOSS
+from scm.packed.functions import WEIGHTS, Form
+from scm.packed.gradients import FiniteProbe
+from scm.packed.lanes import Entrant, Lane
+from scm.packed.optimizers import PackOptimizer, State
+from scm.packed.stack import Layout
+from scm.trial_config import TrialConfig
+
+MARKS = ("loss_skips", "gradient_skips", "streak", "longest_streak", "steps")
+"""What is counted of each trial on the device: steps not taken for a bad loss or gradient, how many in a row,
+and steps taken."""
+
+
+class Shared:
+    """What is equal in all trials of a pack, taken from the first: `config` stands for all of them there."""
+
+    def __init__(self, entrant: Entrant, device: torch.device) -> None:
+        self.config = entrant.trial.config
+        self.signature = entrant.signature
+        self.layout = Layout(entrant.model)
+        self.device = device
+        self.rows = len(entrant.splits["train"])
+        self.micro_batches = -(-self.rows // self.config.batch_size)
+        self.validates = entrant.splits.get("val") is not None
+        self.probe = FiniteProbe(self.layout.size, self.layout.dtype, device)
+
+
+class Seats:
+    """The trials of a pack side by side, those with one optimizer next to each other.
+
+    held: what is kept of each trial by name, "weights" and the rest of `first_rows`; states: what their
+    optimizers remember, {} for a trial that begins; splits: the data of each.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        lanes: Sequence[Lane],
+        held: Mapping[str, Tensor],
+        states: Sequence[State],
+        splits: Sequence[Mapping[str, Split]],
+    ) -> None:
+        order = sorted(range(len(lanes)), key=lambda place: lanes[place].config.optimizer)
+        where = torch.tensor(order, device=shared.device)
+        self.shared = shared
+        self.lanes = [lanes[place] for place in order]
+        self.splits = [splits[place] for place in order]
+        self.held = {name: item.index_select(0, where) for name, item in held.items()}
+        self.configs = [lane.config for lane in self.lanes]
+        weights = self.weights
+        self.optimizer = PackOptimizer(weights, self.configs, [states[place] for place in order])
+        self.gradients = torch.empty_like(weights)
+        accumulates = shared.config.gradient_accumulation_steps > 1
+        self.spare = torch.empty_like(weights) if accumulates else None
+        self.parameters = self.named_parameters(weights)
+        self.alive = torch.ones(len(self), dtype=torch.bool, device=shared.device)
+        self.form = form_of(self.configs)
+        self.numbers = self._numbers()
+        self._settle_limits()
+        self.train = self.stacked("train")
+        self.val = self.stacked("val") if shared.validates else None
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    @property
+    def weights(self) -> Tensor:
+        """All trained parameters, one row a trial."""
+        return self.held["weights"]
+
+    @property
+    def taus(self) -> list[float]:
+        """The thresholds at which answers are decoded."""
+        return [config.tau_infer for config in self.configs]
+
+    def named_parameters(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return rows as what a traced function calls them, views by name."""
+        return {f"parameter.{name}": view for name, view in self.shared.layout.views(weights).items()}
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Return what of the models is not trained, as a traced function calls it."""
+        return {name: held for name, held in self.held.items() if name.startswith("fixed.")}
+
+    def stacked(self, name: str) -> StackedSplit:
+        """Return a split of all trials, on the device."""
+        dtype = self.shared.layout.dtype
+        return StackedSplit([splits[name] for splits in self.splits], dtype, self.shared.device)
+
+    def of_lanes(self, values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return one number a trial as a tensor on the device."""
+        return torch.tensor(list(values), dtype=dtype, device=self.shared.device)
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """Return what each trial's loss is told, by the names of a traced function's inputs."""
+        names = [name for name in sorted(IN_LOSS) if getattr(self.configs[0], name) is not None]
+        names += ["tau_train_min", "tau_train_max"]
+        numbers = {name: self.of_lanes(getattr(item, name) for item in self.configs) for name in names}
+        if self.configs[0].coverage_control != "none":
+            told = self.of_lanes(value for item in self.configs for value in control_settings(item))
+            columns = told.unflatten(0, (len(self), -1)).unbind(1)
+            numbers |= {f"control.{name}": x for name, x in zip(CONTROL_SETTINGS, columns, strict=True)}
+        codes = (_policy_code(item.gradient_policy) for item in self.configs)
+        numbers["policy"] = self.of_lanes(codes, torch.int64)
+        return numbers
+
+    def _settle_limits(self) -> None:
+        limits = [math.inf if item.clip_norm is None else item.clip_norm for item in self.configs]
+        self.clips, self.clip_limits = any(map(math.isfinite, limits)), self.of_lanes(limits)
+        self.budgets = self.of_lanes(item.nonfinite_budget for item in self.configs)
+        self.streak_limits = self.of_lanes(map(streak_limit, self.configs))
+        # The bounds of thresholds stay on the CPU, where their draws are.
+        self.low = torch.tensor([item.tau_train_min for item in self.configs], dtype=torch.float64)
+        self.high = torch.tensor([item.tau_train_max for item in self.configs], dtype=torch.float64)
+        self.draws_tau = bool((self.low < self.high).any())
+        # On the CPU a look is free: while all is well, nothing is masked.
+        self.masked = self.shared.device.type != "cpu" or bool((self.held["streak"] > 0).any())
+
+
+def first_rows(entrant: Entrant, layout: Layout) -> dict[str, Tensor]:
+    """Return what is kept of a trial before its first step, by name."""
+    config = entrant.trial.config
+    rows = {"weights": layout.row_of(entrant.model)}
+    rows |= {name: torch.zeros((), dtype=torch.int64) for name in MARKS}
+    rows |= {f"fixed.{name}": held for name, held in layout.fixed_of(entrant.model).items()}
+    if config.coverage_control != "none":
+        rows["control.state"] = first_state(config)
+    for item in CARRIED:
+        if item.is_on(config):
+            rows |= item.first()
+    return rows
+
+
+def seated(
+    shared: Shared,
+    seats: Seats | None,
+    kept: Sequence[int],
+    entering: Sequence[Entrant],
+) -> Seats | None:
+    """Return the seats of those that stay, by their places now, and of those that enter; None for nobody."""
+    lanes = [] if seats is None else [seats.lanes[place] for place in kept]
+    splits = [] if seats is None else [seats.splits[place] for place in kept]
+    states = [] if seats is None else seats.optimizer.states()
+    states = [states[place] for place in kept] + [{} for _ in entering]
+    lanes += [Lane(entrant.trial) for entrant in entering]
+    splits += [entrant.splits for entrant in entering]
+    if not lanes:
+        return None
+    parts: list[Mapping[str, Tensor]] = []
+    if seats is not None and kept:
+        where = torch.tensor(kept, dtype=torch.int64, device=shared.device)
+        parts.append({name: held.index_select(0, where) for name, held in seats.held.items()})
+    if entering:
+        firsts = [first_rows(entrant, shared.layout) for entrant in entering]
+        names = firsts[0]
+        parts.append({n: torch.stack([first[n] for first in firsts]).to(shared.device) for n in names})
+    held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Seats(shared, lanes, held, states, splits)
+
+
+def form_of(configs: Sequence[TrialConfig]) -> Form:
+    """Return what the steps of these trials consist of together."""
+    idle = (knob for knob in WEIGHTS.values() if all(getattr(item, knob) == 0 for item in configs))
+    gated = any(item.gradient_policy is not None for item in configs)
+    return Form(frozenset(idle), gated, any(item.loss_ramp_epochs > 0 for item in configs))
+
+
+def streak_limit(config: TrialConfig) -> float:
+    """Return how many steps in a row must be bad to end a trial; inf for no such limit."""
+    if config.finite_action != "stop":
+        return math.inf
+    limit = DEFAULT_STREAKS["stop"] if config.finite_streak is None else config.finite_streak
+    return math.inf if limit is None else float(limit)
+
+
+def _policy_code(policy: str | None) -> int:
+    """No policy lets every gradient pass, as the one of that name does."""
+    return POLICY_CODES[GradientPolicy.PASSTHROUGH if policy is None else GradientPolicy(policy)]
