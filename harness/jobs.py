@@ -1,18 +1,21 @@
-"""Which piece of which trial runs next: batches from the searcher, segments between rungs, retries, replays.
+"""Which pieces of which trials run next: batches from the searcher, segments between rungs, packs, retries.
 
 All decisions of a sweep are made here, in the driver and without Ray, from what trials reported and never
 from when they did: the same plan gives the same rows with one worker or many, interrupted or not.
 
 A trial runs as segments. A segment trains from one rung to the next (without halving, from start to end) and
 gives back the trial's state and what its outcome would be if it ended there; a trial that waits for the rest
-of its batch holds no worker, and a worker that is lost costs one segment.
+of its batch holds no worker, and a worker that is lost costs one segment of each trial that it had.
+
+Segments that may train as one model go to a worker together, as a pack. Which ones do is decided by what is
+ready, and changes when a trial runs, never what it gives: batches, rungs and retries are those of trials.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from harness.errors import UserError, nearest
@@ -25,6 +28,9 @@ KnownTrial = tuple[Mapping[str, Any], Mapping[int, EpochMetrics]]
 # Outcomes that ended on their own terms: their last metric stands for them at the rungs they did not reach.
 ENDED_WELL = ("completed", "stopped")
 HALVED = "halving"
+# After a pack was lost, its trials run in packs so many times smaller: who brings workers down is soon alone.
+_SHRINK = 8
+ANY_NUMBER = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +42,50 @@ class TrialSpec:
     seed: int
     cohort: int
     config: FlatConfig
+    active: FlatConfig | None = None  # the knobs that change the training, where they are known
 
 
 @dataclass(slots=True)
 class Segment:
-    """A piece of a trial for a worker: from `state` (None: its start) until an epoch (None: its end)."""
+    """A piece of a trial for a worker: from `state` (None: its start) until an epoch (None: its end).
+
+    start    epochs behind it, which `state` holds
+    attempt  how often it was lost while it had a worker for itself
+    most     how many may share a pack with it
+    pack     the number of the pack that it was handed out in
+    shared   how many segments that pack has
+    """
 
     trial: TrialSpec
     until: int | None
-    state: bytes | None
+    state: Any
+    start: int = 0
     attempt: int = 0
+    most: int = ANY_NUMBER
+    pack: int = -1
+    shared: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How segments are put together: at most `size` to a pack, for so many workers.
+
+    `key` says of a trial what those of its pack must have in common with it, None where it trains alone.
+    """
+
+    size: int = 1
+    workers: int = 1
+    key: Callable[[TrialSpec], Hashable | None] = field(default=lambda trial: None)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {name}={getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a segment said: its epochs, and at its end the outcome; `state` when the trial could go on.
-
-    On the way from a worker the state is a reference, which the driver exchanges for the bytes.
-    """
+    """What a segment said: its epochs, and at its end the outcome; `state` when the trial could go on."""
 
     epochs: Sequence[Mapping[str, float]]
     outcome: Mapping[str, Any] | None = None
@@ -93,6 +125,7 @@ class _Progress:
     """Where one trial stands."""
 
     spec: TrialSpec
+    key: Hashable | None = None
     epochs: dict[int, EpochMetrics] = field(default_factory=dict)
     paused: Report | None = None
     started_at: Any = None
@@ -103,12 +136,23 @@ class _Progress:
         return max(self.epochs, default=0)
 
 
+@dataclass(slots=True)
+class _Batch:
+    """The trials of one batch: by trial_id, by config and seed, and how many of them have not ended."""
+
+    trials: dict[str, _Progress]
+    by_config: dict[tuple[str, int], _Progress]
+    under_way: int
+
+
 class JobBoard:
-    """Hands out segments and takes in what became of them; every trial ends exactly once, through `on_ended`.
+    """Hands out packs of segments and takes in what became of each; every trial ends once, by `on_ended`.
 
     `known` holds row and history of trials that ended in an earlier part of the run: they are taken in when
     their batch opens, without a segment. `on_ended(trial, replayed)` is called once for every trial;
     `on_epoch(trial, said)` for every epoch of a worker's report, again where a lost segment is run again.
+
+    A search that does not learn is asked ahead for as many batches as fill a pack for every worker.
     """
 
     def __init__(
@@ -123,6 +167,7 @@ class JobBoard:
         retries: int = 0,
         known: Mapping[str, KnownTrial] | None = None,
         on_epoch: Callable[[TrialSpec, EpochMetrics], None] | None = None,
+        packing: Packing | None = None,
     ) -> None:
         self._proposer = proposer
         self._on_ended = on_ended
@@ -133,27 +178,68 @@ class JobBoard:
         self._retries = retries
         self._known = dict(known or {})
         self._on_epoch = on_epoch
-        self._trials: dict[str, _Progress] = {}
-        self._open: dict[int, dict[str, _Progress]] = {}
+        self._packing = packing or Packing()
+        self._alone: set[Hashable] = set()  # what was found to share no pack
+        self._trials: dict[str, _Progress] = {}  # of the batches that are open
+        self._open: dict[int, _Batch] = {}
         self._ready: list[Segment] = []
         self._drawn_out = False
-        self.running = 0
+        self._packs = 0
+        self._running: dict[int, int] = {}  # by pack, how many of its segments have not ended
 
     @property
     def finished(self) -> bool:
         """Whether every batch has been drawn and every trial has ended."""
         return self._drawn_out and not self._open
 
-    def next_segment(self) -> Segment | None:
-        """The segment that should run next, or None when there is nothing to run now."""
-        while not self._ready and not self._drawn_out and not (self._proposer.waits and self._open):
+    @property
+    def running(self) -> int:
+        """How many trials are with a worker."""
+        return sum(self._running.values())
+
+    def next_pack(self) -> list[Segment]:
+        """The segments that one worker should run now, together; none when there is nothing to run now."""
+        size = self._packing.size
+        wanted = size * self._packing.workers if size > 1 else 1
+        while len(self._ready) < wanted and not self._drawn_out and not (self._proposer.waits and self._open):
             self._open_batch()
         if not self._ready:
+            return []
+        pack = self._choose_pack()
+        chosen = {id(segment) for segment in pack}
+        self._ready = [segment for segment in self._ready if id(segment) not in chosen]
+        for segment in pack:
+            segment.pack, segment.shared = self._packs, len(pack)
+        self._running[self._packs] = len(pack)
+        self._packs += 1
+        return pack
+
+    def _leave_pack(self, segment: Segment) -> None:
+        self._running[segment.pack] -= 1
+        if not self._running[segment.pack]:
+            del self._running[segment.pack]
+
+    def _choose_pack(self) -> list[Segment]:
+        """The oldest segment and those that may share its pack, as many as leave idle workers their part."""
+        first = min(self._ready, key=lambda one: one.trial.cohort)
+        key = self._company(first)
+        if key is None:
+            return [first]
+        company = [segment for segment in self._ready if self._company(segment) == key]
+        company.sort(key=lambda one: (one is not first, one.trial.cohort))
+        size = min(self._packing.size, first.most)
+        idle = max(1, self._packing.workers - len(self._running))
+        rounds = math.ceil(len(self._ready) / (size * idle))
+        fair = math.ceil(len(self._ready) / (rounds * idle))
+        packs = math.ceil(len(company) / min(size, fair))
+        return company[: math.ceil(len(company) / packs)]
+
+    def _company(self, segment: Segment) -> Hashable | None:
+        """What the segments of a pack have in common; None for one that runs alone."""
+        key = self._trials[segment.trial.trial_id].key
+        if key is None or key in self._alone or segment.most == 1 or self._packing.size == 1:
             return None
-        segment = min(self._ready, key=lambda one: one.trial.cohort)
-        self._ready.remove(segment)
-        self.running += 1
-        return segment
+        return (key, segment.start, segment.until, segment.most)
 
     def reported(self, segment: Segment, report: Report) -> None:
         """Take in what a segment said; a report without outcome says how far it is and that it goes on."""
@@ -165,7 +251,9 @@ class JobBoard:
         if report.outcome is None:
             return
         progress.started_at = progress.started_at or report.place.get("started_at")
-        self.running -= 1
+        self._leave_pack(segment)
+        if report.outcome.get("pack_note") and progress.key is not None:
+            self._alone.add(progress.key)
         if report.state is None:
             self._end(progress, report.outcome, report.place)
         else:
@@ -173,12 +261,18 @@ class JobBoard:
             self._pause(progress)
 
     def lost(self, segment: Segment, error: str) -> None:
-        """Take in that a segment ended without a report (a worker died): it runs again, or has failed."""
+        """Take in that a segment ended without a report (a worker died): it runs again, or has failed.
+
+        Of a pack nobody knows who was to blame: its segments run again in smaller ones, and at last alone,
+        before one of them has failed.
+        """
         progress = self._trials[segment.trial.trial_id]
-        self.running -= 1
+        self._leave_pack(segment)
+        if segment.shared > 1:
+            self._ready.insert(0, replace(segment, most=max(1, segment.shared // _SHRINK)))
+            return
         if segment.attempt < self._retries:
-            retry = Segment(segment.trial, segment.until, segment.state, segment.attempt + 1)
-            self._ready.insert(0, retry)
+            self._ready.insert(0, replace(segment, attempt=segment.attempt + 1, most=1))
             return
         text = f"lost {segment.attempt + 1} times, the last time: {error}"
         self._end(progress, self._failed(segment.trial, text), {})
@@ -189,15 +283,21 @@ class JobBoard:
             self._drawn_out = True
             return
         cohort = specs[0].cohort
-        batch = {spec.trial_id: _Progress(spec) for spec in specs}
-        self._trials.update(batch)
+        keys: dict[str, Hashable | None] = {}
+        batch = _Batch({}, {}, len(specs))
+        for spec in specs:
+            if spec.config_id not in keys:
+                keys[spec.config_id] = self._packing.key(spec)
+            progress = _Progress(spec, keys[spec.config_id])
+            batch.trials[spec.trial_id] = batch.by_config[spec.config_id, spec.seed] = progress
+        self._trials.update(batch.trials)
         self._open[cohort] = batch
         if self._rungs is not None:
-            self._rungs.open_cohort(cohort, [(spec.config_id, spec.seed) for spec in specs])
-        for trial_id, progress in batch.items():
+            self._rungs.open_cohort(cohort, batch.by_config)
+        for trial_id, progress in batch.trials.items():
             if trial_id not in self._known:
                 self._ready.append(Segment(progress.spec, self._next_rung(0), None))
-        for trial_id, progress in batch.items():
+        for trial_id, progress in batch.trials.items():
             if trial_id in self._known:
                 self._replay(progress, self._known.pop(trial_id))
         self._close_if_over(cohort)
@@ -207,8 +307,7 @@ class JobBoard:
         spec = progress.spec
         row, history = known
         progress.epochs = dict(history)
-        progress.ended = EndedTrial(spec, row, history)
-        self._on_ended(progress.ended, True)
+        self._note_end(progress, EndedTrial(spec, row, history), replayed=True)
         if self._rungs is None:
             return
         halved = str(row.get("stop_reason") or "").startswith(HALVED)
@@ -218,6 +317,7 @@ class JobBoard:
                 self._follow(self._rungs.report(spec.cohort, spec.config_id, spec.seed, rung, value))
         if not halved:
             self._leave_rungs(progress)
+        progress.epochs = {}
 
     def _pause(self, progress: _Progress) -> None:
         assert self._rungs is not None
@@ -228,17 +328,21 @@ class JobBoard:
     def _follow(self, decisions: Sequence[Decision]) -> None:
         """Let paused trials go on or end, as the rung board decided."""
         for decision in decisions:
-            progress = next(
-                one
-                for one in self._open[decision.cohort].values()
-                if (one.spec.config_id, one.spec.seed) == (decision.config_id, decision.seed)
-            )
+            batch = self._open.get(decision.cohort)
+            if batch is None:  # the last of them has ended meanwhile
+                return
+            progress = batch.by_config[decision.config_id, decision.seed]
             paused = progress.paused
             if paused is None or decision.action == "wait":
                 continue
             progress.paused = None
             if decision.action == "continue":
-                self._ready.append(Segment(progress.spec, self._next_rung(progress.epoch), paused.state))
+                epoch = progress.epoch
+                # One that came back with the reason why it shares no pack has the state of one alone.
+                most = 1 if paused.outcome and paused.outcome.get("pack_note") else ANY_NUMBER
+                self._ready.append(
+                    Segment(progress.spec, self._next_rung(epoch), paused.state, start=epoch, most=most)
+                )
             else:
                 assert paused.outcome is not None
                 self._end(progress, paused.outcome, paused.place, left_rungs=True)
@@ -253,11 +357,16 @@ class JobBoard:
     ) -> None:
         if progress.started_at is not None:
             place = {**place, "started_at": progress.started_at}
-        progress.ended = EndedTrial(progress.spec, outcome, progress.epochs, place)
-        self._on_ended(progress.ended, False)
+        self._note_end(progress, EndedTrial(progress.spec, outcome, progress.epochs, place))
         if self._rungs is not None and not left_rungs:
             self._leave_rungs(progress)
+        progress.epochs = {}  # long sweeps should not carry it along
         self._close_if_over(progress.spec.cohort)
+
+    def _note_end(self, progress: _Progress, ended: EndedTrial, *, replayed: bool = False) -> None:
+        self._on_ended(ended, replayed)
+        progress.ended = replace(ended, history={})
+        self._open[progress.spec.cohort].under_way -= 1
 
     def _leave_rungs(self, progress: _Progress) -> None:
         assert self._rungs is not None
@@ -269,13 +378,15 @@ class JobBoard:
 
     def _close_if_over(self, cohort: int) -> None:
         batch = self._open.get(cohort)
-        if batch is None or any(progress.ended is None for progress in batch.values()):
+        if batch is None or batch.under_way:
             return
         del self._open[cohort]
-        ended = {trial_id: one.ended for trial_id, one in batch.items() if one.ended is not None}
+        if self._rungs is not None:
+            self._rungs.close_cohort(cohort)
+        ended = {trial_id: one.ended for trial_id, one in batch.trials.items() if one.ended is not None}
         self._proposer.batch_ended(cohort, ended)
-        for progress in batch.values():
-            progress.epochs = {}  # written to the history by now; long sweeps should not carry it along
+        for trial_id in batch.trials:
+            del self._trials[trial_id]
 
     def _next_rung(self, epoch: int) -> int | None:
         if self._rungs is None:

@@ -107,7 +107,7 @@ class HalvingSection(Section):
 
 
 class ResourcesSection(Section):
-    """What one trial may use, how many run at once (None: all that fit), how often a lost one is retried."""
+    """What one worker may use, how many there are (None: all that fit), how often a lost trial is retried."""
 
     cpus_per_trial: Annotated[float, Field(ge=0.01, strict=False)] = 1.0
     gpus_per_trial: Annotated[float, Field(ge=0, strict=False)] = 0.0
@@ -129,6 +129,12 @@ class ResourcesSection(Section):
         if gpus > 1 and not gpus.is_integer():
             raise ValueError(f"must be a whole number above 1, got {gpus}")
         return gpus
+
+
+class PacksSection(Section):
+    """How many trials of equal shapes train together, as one model: a number (1: none), or what pays."""
+
+    size: Annotated[int, Field(ge=1, le=2**16)] | Literal["auto"] = "auto"
 
 
 class RankingSection(Section):
@@ -156,6 +162,7 @@ class Plan(Section):
     search: SearchSection = SearchSection()
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     halving: HalvingSection | None = None
+    packs: PacksSection = PacksSection()
     resources: ResourcesSection = ResourcesSection()
     ranking: RankingSection = RankingSection()
     base_dir: str = "."  # relative paths of the task start here; itself relative to the plan file

@@ -12,7 +12,7 @@ from harness.plan import Plan, plan_space
 from harness.search import Searcher, make_searcher
 from reports.metrics import parse_metric
 from search_spaces.identity import config_id, trial_id
-from trainables.configs import active_knobs, resolve_config
+from trainables.configs import resolve_and_activate
 
 
 class SearchProposer:
@@ -41,25 +41,29 @@ class SearchProposer:
             cohort = self._searcher.cohort
             specs: list[TrialSpec] = []
             if self._plan.search.with_defaults and not self._known:
-                specs += self._new_trials(full_config(self._plan.config), cohort)
+                specs += self._new_trials(*full_config(self._plan.config), cohort)[1]
             for drawn in configs:
                 # A fixed knob holds for every config, also where the space would not have drawn it.
-                full = full_config({**self._plan.config, **drawn})
-                self._untold[config_id(drawn)] = self.config_id(full)
-                specs += self._new_trials(full, cohort)
+                full, active = full_config({**self._plan.config, **drawn})
+                identity, new = self._new_trials(full, active, cohort)
+                self._untold[config_id(drawn)] = identity
+                specs += new
             if specs:
                 return specs
             self._tell()
         return []
 
-    def _new_trials(self, config: dict[str, Any], cohort: int) -> list[TrialSpec]:
-        """A trial for each seed of a config that no batch has held yet, else none."""
-        identity = self.config_id(config)
+    def _new_trials(
+        self, config: dict[str, Any], active: dict[str, Any], cohort: int
+    ) -> tuple[str, list[TrialSpec]]:
+        """The identity of a config, and a trial for each seed of one that no batch has held yet."""
+        identity = self._identify(active)
         if identity in self._known:
-            return []
+            return identity, []
         self._known.add(identity)
-        return [
-            TrialSpec(trial_id(identity, seed), identity, seed, cohort, config) for seed in self._plan.seeds
+        return identity, [
+            TrialSpec(trial_id(identity, seed), identity, seed, cohort, config, active)
+            for seed in self._plan.seeds
         ]
 
     def batch_ended(self, cohort: int, ended: Mapping[str, EndedTrial]) -> None:
@@ -77,7 +81,10 @@ class SearchProposer:
 
     def config_id(self, config: Mapping[str, Any]) -> str:
         """The identity of a config: its task and the knobs that change its training."""
-        return config_id({**self._identity, **active_or_all(config)})
+        return self._identify(full_config(config)[1])
+
+    def _identify(self, active: Mapping[str, Any]) -> str:
+        return config_id({**self._identity, **active})
 
     def _tell(self) -> None:
         # A search that does not learn draws ahead, and may draw again what still runs in another batch: such
@@ -118,17 +125,12 @@ def task_identity(plan: Plan) -> dict[str, Any]:
     return {"task": plan.task.name, **{f"task.{name}": value for name, value in plan.task.params.items()}}
 
 
-def full_config(drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """A drawn config with every default filled in; one that no training accepts stays as it is, and fails."""
-    try:
-        return resolve_config(drawn)
-    except (ValueError, TypeError):
-        return dict(drawn)
+def full_config(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A drawn config with every default filled in, and those of its knobs that change its training.
 
-
-def active_or_all(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that change the training; all of them where no training accepts the config."""
+    One that no training accepts stays as it is, and fails.
+    """
     try:
-        return active_knobs(config)
+        return resolve_and_activate(drawn)
     except (ValueError, TypeError):
-        return dict(config)
+        return dict(drawn), dict(drawn)

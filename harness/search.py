@@ -41,9 +41,9 @@ class Searcher(ABC):
         self.batch = batch
         self.cohort = -1
         """The number of the batch that was drawn last, from 0."""
-        self.drawn: dict[str, Config] = {}
-        """Every config given so far, by id, in the order in which they were given."""
-        self._open: dict[str, Config] = {}
+        self.drawn: dict[str, None] = {}
+        """The id of every config given so far, in the order in which they were given."""
+        self._open: dict[str, None] = {}
         self._results: dict[str, Objective] = {}
 
     def next_batch(self) -> list[Config]:
@@ -57,9 +57,8 @@ class Searcher(ABC):
             )
         wanted = min(self.batch, self.count - len(self.drawn))
         batch = []
-        for config in islice(self._draw_new(), max(0, wanted)):
-            identity = config_id(config)
-            self.drawn[identity] = self._open[identity] = config
+        for identity, config in islice(self._draw_new(), max(0, wanted)):
+            self.drawn[identity] = self._open[identity] = None
             batch.append(config)
         self.cohort += bool(batch)
         return batch
@@ -73,7 +72,8 @@ class Searcher(ABC):
             self._check(objective)
             if identity not in self.drawn:
                 raise ValueError(f"results must be of configs drawn here, got config_id={identity!r}")
-            if self._open.pop(identity, None) is not None:
+            if identity in self._open:
+                del self._open[identity]
                 self._results[identity] = objective
         if not self._open and self._results:
             order = [identity for identity in self.drawn if identity in self._results]
@@ -90,12 +90,13 @@ class Searcher(ABC):
     def _learn(self, results: list[tuple[str, Objective]]) -> None:  # noqa: B027 (most have nothing to learn)
         """Take in the results of a whole batch, in the order in which it was drawn."""
 
-    def _draw_new(self) -> Iterator[Config]:
+    def _draw_new(self) -> Iterator[tuple[str, Config]]:
         known_in_a_row = 0
         for config in self._draw():
-            known_in_a_row = known_in_a_row + 1 if config_id(config) in self.drawn else 0
+            identity = config_id(config)
+            known_in_a_row = known_in_a_row + 1 if identity in self.drawn else 0
             if known_in_a_row == 0:
-                yield config
+                yield identity, config
             elif known_in_a_row >= DRAWS_BEFORE_EXHAUSTED:
                 return
 

@@ -1,117 +1,115 @@
-"""What a worker does with a segment: train from its state to its rung, and say how that went."""
+"""What a worker does with a pack of segments: train each from its state to its rung, and say how it went."""
 
 from __future__ import annotations
 
-import io
-import tarfile
-import tempfile
+import json
 import time
-from collections.abc import Mapping
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import ray
+import torch
+from ray import tune
 
 from harness.jobs import HALVED, Report
-from trainables.ray_trainable import SCMTrainable
+from trainables.packed_trial import Member, PackRun, Shelf, Told
+from trainables.ray_trainable import load_task, place_of_trial, thread_share
 
 REPORT_EVERY_S = 2.0
 
 
+@dataclass(slots=True)
 class Parcel:
-    """A segment on its way to a worker: the job as `SCMTrainable` takes it, the epoch to stop at, the state.
+    """A pack on its way to a worker: the members, what they learn, and where.
 
     Tune copies, flattens and prints the configs of its trials; a parcel stays one thing with a short name.
     """
 
-    __slots__ = ("job", "state", "until")
-
-    def __init__(self, job: Mapping[str, Any], until: int | None, state: bytes | None) -> None:
-        self.job = job
-        self.until = until
-        self.state = state
+    pack_id: str
+    task: Mapping[str, Any]
+    device: str
+    members: Sequence[Member] = field(repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parcel:
         return self
 
     def __repr__(self) -> str:
-        return str(self.job["trial_id"])
+        return self.pack_id
 
 
-class SegmentTrainable(SCMTrainable):
-    """Trains one segment after another in the same actor, reporting at the end and every few seconds.
+class PackTrainable(tune.Trainable):
+    """Trains one pack after another in the same actor, reporting at its end and every few seconds.
 
-    A report for each epoch would cost more than a short epoch does. A segment that ends at a rung gives back
-    both the trial's state and its outcome, so that the trial needs no worker to be stopped there.
+    A report for each epoch would cost more than a short epoch does. A trial that reaches its rung gives back
+    both its state and its outcome, so that it needs no worker to be stopped there. What stays between packs
+    is loaded data and a shelf for each task, which change nothing that a trial comes to.
     """
 
+    _shelves: dict[str, Shelf]
+
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the first segment."""
-        parcel: Parcel = config["parcel"]
-        super().setup({"job": parcel.job})
-        self._enter(parcel)
+        """Take the first pack, on as many threads as Ray has given CPUs."""
+        torch.set_num_threads(thread_share(self.trial_resources))
+        self._shelves = {}
+        self._enter(config["parcel"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next segment; always possible."""
-        parcel: Parcel = new_config["parcel"]
-        super().reset_config({"job": parcel.job})
-        self._enter(parcel)
+        """Take the next pack; always possible."""
+        self._enter(new_config["parcel"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train until the segment ends or seconds have passed; "report" holds what was said meanwhile."""
+        """Train until the pack ends or seconds have passed; "report" refers to what was said meanwhile.
+
+        That is a `Report` by trial_id. It lies beside the answer, which must stay small enough to travel by
+        itself: what Ray keeps on this node is lost with it, and Tune cannot go on when that happens to a
+        result.
+        """
         report_at = time.monotonic() + REPORT_EVERY_S
-        epochs: list[Mapping[str, float]] = []
-        while True:
-            said = super().step()
-            if said["history"]:
-                epochs.append(said["history"])
-            if said["done"]:
-                return self._ended(Report(epochs, said["outcome"], None, self._place()))
-            if self._until is not None and said["epoch"] >= self._until:
-                return self._ended(self._paused(epochs))
-            if time.monotonic() >= report_at:
-                return {"report": Report(epochs), "done": False}
+        heard: dict[str, Report] = {}
+        while not self._run.done and time.monotonic() < report_at:
+            for told in self._run.step():
+                self._hear(told, heard)
+        return {"report": ray.put(heard), "done": self._run.done}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: states travel with the reports."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing: states travel with the packs."""
+
+    def cleanup(self) -> None:
+        """Let go of the pack; loaded data go with the process."""
+        del self._run
 
     def _enter(self, parcel: Parcel) -> None:
-        self._until = parcel.until
-        if parcel.state is not None:
-            with tempfile.TemporaryDirectory(prefix="scm-state-") as folder:
-                unpack_folder(parcel.state, Path(folder))
-                self.load_checkpoint(folder)
+        spec = parcel.task
+        self._digests: dict[int, str] = {}
 
-    def _paused(self, epochs: list[Mapping[str, float]]) -> Report:
-        run = self._run
-        assert run is not None
-        with tempfile.TemporaryDirectory(prefix="scm-state-") as folder:
-            self.save_checkpoint(folder)
-            # Beside the report, which must stay small enough to travel with the answer itself: what Ray keeps
-            # on this node is lost with it, and Tune cannot go on when that happens to a result.
-            state = ray.put(pack_folder(Path(folder)))
-        run.stop(f"{HALVED} at epoch {self._until}")
-        return Report(epochs, run.outcome(), state, self._place())
+        def load(seed: int) -> tuple[Any, Any]:
+            loaded = load_task(spec, seed)
+            self._digests[seed] = loaded.data_digest
+            return loaded.task, loaded.splits
 
-    def _ended(self, report: Report) -> dict[str, Any]:
-        return {"report": report, "done": True}
+        shelf = self._shelves.setdefault(json.dumps(spec, sort_keys=True, default=str), Shelf())
+        self._seeds = {member.trial_id: member.seed for member in parcel.members}
+        self._place = {
+            **place_of_trial(parcel.device),
+            "started_at": datetime.now(UTC),
+            "node_id": ray.get_runtime_context().get_node_id(),
+        }
+        self._run = PackRun(parcel.members, load, parcel.device, pack_id=parcel.pack_id, shelf=shelf)
 
-    def _place(self) -> dict[str, Any]:
-        place = dict(self._provenance)
-        if isinstance(place.get("started_at"), str):
-            place["started_at"] = datetime.fromisoformat(place["started_at"])
-        return {**place, "node_id": ray.get_runtime_context().get_node_id()}
-
-
-def pack_folder(folder: Path) -> bytes:
-    """The files of a folder as bytes."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path in sorted(folder.iterdir()):
-            archive.add(path, arcname=path.name)
-    return packed.getvalue()
-
-
-def unpack_folder(packed: bytes, folder: Path) -> None:
-    """Write the files that `pack_folder` packed into a folder."""
-    with tarfile.open(fileobj=io.BytesIO(packed), mode="r") as archive:
-        archive.extractall(folder, filter="data")
+    def _hear(self, told: Told, heard: dict[str, Report]) -> None:
+        """Add what a trial said to its report."""
+        before = heard.get(told.trial_id)
+        epochs = [*(before.epochs if before else ()), *([told.said] if told.said else ())]
+        outcome, place = told.outcome, {}
+        if outcome is not None:
+            digest = self._digests.get(self._seeds[told.trial_id])
+            place = {**self._place, "data_digest": digest}
+            if told.state is not None:
+                outcome = {**outcome, "stop_reason": f"{HALVED} at epoch {outcome['epochs']}"}
+        heard[told.trial_id] = Report(epochs, outcome, told.state, place)

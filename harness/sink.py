@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from harness.jobs import EndedTrial
 from harness.plan import Plan, plan_digest
-from harness.proposals import active_or_all
+from harness.proposals import full_config
 from harness.run_folder import unwritable
 from reports.history import HISTORY_FOLDER, HistoryWriter
 from reports.provenance import row_provenance
@@ -20,11 +21,16 @@ from trainables.configs import KNOB_TYPES
 
 WRITER = "driver"
 NODE_COLUMN = "node_id"
+LATEST_S = 1.0
 _OUTCOME_COLUMNS = {column.name for column in BASE_COLUMNS}
 
 
 class RunSink:
-    """Writes rows and history of a run; a row is on the disk before the next trial is looked at."""
+    """Writes rows and history of a run.
+
+    Trials that end together are written together, and what was taken is on the disk within `LATEST_S` of the
+    next call of `flush_if_due`; earlier, unless the writing would take more than a tenth of the time.
+    """
 
     def __init__(
         self,
@@ -44,15 +50,40 @@ class RunSink:
         schema = row_schema(KNOB_TYPES).append(pa.field(NODE_COLUMN, pa.string()))
         self._rows = RowWriter(out / ROWS_FOLDER, WRITER, schema)
         self._history = HistoryWriter(out / HISTORY_FOLDER, WRITER, history_schema())
+        self._taken: list[EndedTrial] = []
+        self._written_s = -LATEST_S
+        self._cost_s = 0.0
 
     def write(self, ended: EndedTrial) -> None:
-        """Write one trial: its history first, so that a row never stands without the history it came from."""
-        trial = ended.trial
-        for epoch, said in sorted(ended.history.items()):
-            identity = {"trial_id": trial.trial_id, "config_id": trial.config_id, "seed": trial.seed}
-            self._history.append({**said, **identity, "epoch": epoch})
-        self._history.flush()
-        self._rows.append(self.row(ended))
+        """Take in a trial; it is written with those that end about now."""
+        self._taken.append(ended)
+
+    def flush_if_due(self) -> None:
+        """Write what was taken, now or soon."""
+        if self._taken and time.monotonic() - self._written_s >= min(10 * self._cost_s, LATEST_S):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken: the history first, so that no row stands without that which it came from."""
+        if not self._taken:
+            return
+        started_s = time.monotonic()
+        self._history.append_all(
+            {
+                **said,
+                "trial_id": ended.trial.trial_id,
+                "config_id": ended.trial.config_id,
+                "seed": ended.trial.seed,
+                "epoch": epoch,
+            }
+            for ended in self._taken
+            for epoch, said in sorted(ended.history.items())
+        )
+        # Out of the list as they are written: a row that fails is not tried again when the run is closed.
+        taken, self._taken = self._taken, []
+        self._rows.append_all(map(self.row, taken))
+        self._written_s = time.monotonic()
+        self._cost_s = self._written_s - started_s
 
     def row(self, ended: EndedTrial) -> dict[str, Any]:
         """The row of an ended trial: who it is, how it ended, with which knobs, from where."""
@@ -62,11 +93,8 @@ class RunSink:
             for name, value in ended.outcome.items()
             if name in _OUTCOME_COLUMNS or name.startswith(OPEN_PREFIXES)
         }
-        knobs = {
-            f"{CONFIG_PREFIX}{name}": value
-            for name, value in active_or_all(trial.config).items()
-            if name in KNOB_TYPES
-        }
+        active = full_config(trial.config)[1] if trial.active is None else trial.active
+        knobs = {f"{CONFIG_PREFIX}{name}": value for name, value in active.items() if name in KNOB_TYPES}
         return {
             **outcome,
             **knobs,
@@ -87,6 +115,7 @@ class RunSink:
     def close(self) -> None:
         """Write what waits; a `UserError` where that is not possible."""
         try:
+            self.flush()
             self._history.close()
             self._rows.close()
         except OSError as error:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.environment import check_address, check_device, ray_session, terminate_as_interrupt
 from harness.errors import EXIT_RUN_FOLDER, UserError
 from harness.halving import RungBoard
-from harness.jobs import EndedTrial, JobBoard, Segment, TrialSpec
+from harness.jobs import EndedTrial, JobBoard, Packing, Segment, TrialSpec
+from harness.packing import make_packing
 from harness.plan import Plan
 from harness.progress import Display, EpochLog, Tally
 from harness.proposals import SearchProposer
@@ -28,6 +30,9 @@ from harness.run_folder import (
 from harness.sink import RunSink
 from harness.task_errors import task_errors_told
 from reports.provenance import gather_provenance
+
+if TYPE_CHECKING:
+    from harness.segments import Parcel
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ def run_sweep(
     check_folder(out, plan, resume=resume)
     proposer = SearchProposer(plan)
     check_device(plan.resources, address)
-    data_digests = check_data(plan)
+    data_digests, rows = check_data(plan)
     if address is not None:
         check_address(address)
     with contextlib.ExitStack() as stack:
@@ -73,22 +78,29 @@ def run_sweep(
         tally = Tally(configs * len(plan.seeds), plan.seeds)
         display = stack.enter_context(Display(tally, sys.stderr, title=out.name))
         on_epoch = None if log_every is None else EpochLog(log_every, display.say)
-        board = make_board(plan, proposer, sink, tally, written, on_epoch=on_epoch)
+        notes = PackNotes(display.say)
+        packing = make_packing(plan, session.concurrency, rows)
+        board = make_board(
+            plan, proposer, sink, tally, written, on_epoch=on_epoch, packing=packing, notes=notes
+        )
 
-        from harness.segments import Parcel
-        from harness.tune_bridge import run_segments
-
-        def pack(segment: Segment) -> Parcel:
-            return Parcel(make_job(plan, segment.trial), segment.until, segment.state)
+        from harness.tune_bridge import run_packs
 
         def on_event() -> None:
+            sink.flush_if_due()
             tally.running = board.running
             display.tick()
 
         display.say(opening_line(plan, out, session.concurrency, len(written)))
         tally.start()
         try:
-            finished = run_segments(board, pack, session, plan.resources, on_event=on_event)
+            finished = run_packs(
+                board,
+                lambda segments: make_parcel(plan, segments),
+                session,
+                plan.resources,
+                on_event=on_event,
+            )
         except OSError as error:
             raise unwritable(out, error) from None
         if finished:
@@ -104,15 +116,19 @@ def opening_line(plan: Plan, out: Path, concurrency: int, written: int) -> str:
     return f"{out.name}: {what}, {concurrency} at once, into {out}{kept}"
 
 
-def check_data(plan: Plan) -> dict[int, str]:
-    """Load the task's data for every seed, as a worker will; give its digests, or raise a `UserError`."""
+def check_data(plan: Plan) -> tuple[dict[int, str], int]:
+    """Load the task's data for every seed, as a worker will; give digests by seed, and how many rows train.
+
+    What the task raises becomes a `UserError`.
+    """
     from trainables.ray_trainable import load_task
 
-    digests = {}
+    digests, rows = {}, 0
     for seed in plan.seeds:
         with task_errors_told(plan.task.name):
-            digests[seed] = load_task(task_spec(plan), seed).data_digest
-    return digests
+            loaded = load_task(task_spec(plan), seed)
+            digests[seed], rows = loaded.data_digest, len(loaded.splits["train"])
+    return digests, rows
 
 
 def check_same_data(written: Mapping[str, WrittenTrial], digests: Mapping[int, str], out: Path) -> None:
@@ -133,12 +149,16 @@ def make_board(
     written: Mapping[str, WrittenTrial],
     *,
     on_epoch: EpochLog | None = None,
+    packing: Packing | None = None,
+    notes: PackNotes | None = None,
 ) -> JobBoard:
     """The board of a plan: rows go to the sink; trials that were written before are taken in as they are."""
 
     def on_ended(ended: EndedTrial, replayed: bool) -> None:
         if not replayed:
             sink.write(ended)
+            if notes is not None:
+                notes.add(ended)
         tally.add(ended, replayed=replayed)
 
     halving = plan.halving
@@ -152,7 +172,23 @@ def make_board(
         retries=plan.resources.retries,
         known={trial_id: (trial.row, trial.history) for trial_id, trial in written.items()},
         on_epoch=on_epoch,
+        packing=packing,
     )
+
+
+class PackNotes:
+    """Says once of every reason that makes trials train alone that there are such trials."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: set[str] = set()
+
+    def add(self, ended: EndedTrial) -> None:
+        """Say why a trial was trained alone, where that is news."""
+        note = ended.outcome.get("pack_note")
+        if note and note not in self._said:
+            self._said.add(note)
+            self._say(f"some trials train alone instead of in packs: {note}")
 
 
 def failed_trial(trial: TrialSpec, error: str) -> dict[str, Any]:
@@ -167,12 +203,13 @@ def task_spec(plan: Plan) -> dict[str, Any]:
     return {"name": plan.task.name, "params": plan.task.params, "base_dir": plan.base_dir}
 
 
-def make_job(plan: Plan, trial: TrialSpec) -> dict[str, Any]:
-    """One trial as `SCMTrainable` takes it."""
-    return {
-        "config": dict(trial.config),
-        "seed": trial.seed,
-        "task": task_spec(plan),
-        "device": "cuda" if plan.resources.gpus_per_trial else "cpu",
-        "trial_id": trial.trial_id,
-    }
+def make_parcel(plan: Plan, segments: list[Segment]) -> Parcel:
+    """Segments as a worker takes them."""
+    from harness.segments import Parcel
+    from trainables.packed_trial import Member
+
+    members = [
+        Member(one.trial.trial_id, one.trial.config, one.trial.seed, one.until, one.state) for one in segments
+    ]
+    device = "cuda" if plan.resources.gpus_per_trial else "cpu"
+    return Parcel(f"p{uuid.uuid4().hex[:11]}", task_spec(plan), device, members)

@@ -1,6 +1,6 @@
-"""Ray Tune as the engine of a sweep: one Tune trial for each segment, run by actors that are reused.
+"""Ray Tune as the engine of a sweep: one Tune trial for each pack of segments, run by actors that are reused.
 
-What runs next is decided by `harness.jobs.JobBoard`; this module carries segments out and reports back.
+What runs next is decided by `harness.jobs.JobBoard`; this module carries packs out and reports back.
 Segments instead of Tune's own pausing, because a paused Tune trial needs a checkpoint folder that every node
 shares, and Tune's schedulers decide in the order in which results arrive; here a state travels as bytes with
 the segment, through Ray itself, so that a sweep runs on nodes that share nothing.
@@ -12,7 +12,6 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -25,26 +24,26 @@ from harness.environment import Session, terminate_as_interrupt
 from harness.errors import one_line
 from harness.jobs import JobBoard, Report, Segment
 from harness.plan import ResourcesSection
-from harness.segments import Parcel, SegmentTrainable
+from harness.segments import PackTrainable, Parcel
 
-PackSegment = Callable[[Segment], Parcel]
+MakeParcel = Callable[[list[Segment]], Parcel]
 
 
-def run_segments(
+def run_packs(
     board: JobBoard,
-    pack: PackSegment,
+    make_parcel: MakeParcel,
     session: Session,
     resources: ResourcesSection,
     *,
     on_event: Callable[[], None],
 ) -> bool:
-    """Run a board's segments on Ray until it is finished; False when the user interrupted before that.
+    """Run a board's packs on Ray until it is finished; False when the user interrupted before that.
 
     `on_event` is called in the driver after every report and about ten times a second in between.
     """
-    link = DriverLink(board, pack, on_event)
+    link = DriverLink(board, make_parcel, on_event)
     trainable = tune.with_resources(
-        SegmentTrainable,
+        PackTrainable,
         tune.PlacementGroupFactory(
             [
                 {"CPU": resources.cpus_per_trial}
@@ -55,7 +54,7 @@ def run_segments(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=SegmentSearcher(link),
+            search_alg=PackSearcher(link),
             scheduler=WarmActorScheduler(session.concurrency),
             num_samples=-1,
             max_concurrent_trials=session.concurrency,
@@ -84,45 +83,53 @@ def run_segments(
 class DriverLink:
     """The driver's board as the searcher and the callback see it; pickled (as Tune does) it is empty."""
 
-    def __init__(self, board: JobBoard, pack: PackSegment, on_event: Callable[[], None]) -> None:
+    def __init__(self, board: JobBoard, make_parcel: MakeParcel, on_event: Callable[[], None]) -> None:
         self.board = board
         self.failure: Exception | None = None
         self._on_event = on_event
-        self._pack = pack
-        self._segments: dict[str, tuple[Segment, Parcel]] = {}
+        self._make_parcel = make_parcel
+        self._packs: dict[str, tuple[dict[str, Segment], Parcel]] = {}
 
     def next_parcel(self, tune_id: str) -> Parcel | None:
-        """The next segment, packed for its worker and remembered under Tune's name for it."""
-        segment = self.board.next_segment()
-        if segment is None:
+        """The next pack on its way to its worker, remembered under Tune's name for it."""
+        segments = self.board.next_pack()
+        if not segments:
             return None
-        parcel = self._pack(segment)
-        self._segments[tune_id] = (segment, parcel)
+        parcel = self._make_parcel(segments)
+        self._packs[tune_id] = ({segment.trial.trial_id: segment for segment in segments}, parcel)
         return parcel
 
-    def reported(self, tune_id: str, report: Report) -> None:
-        """Hand a worker's report to the board; one whose state went away with its node counts as lost."""
-        if report.state is not None:
-            try:
-                report = replace(report, state=ray.get(report.state))
-            except ray.exceptions.ObjectLostError as error:
-                self.lost(tune_id, f"its state was lost with its node ({type(error).__name__})")
-                return
-        segment, parcel = self._segments[tune_id]
-        if report.outcome is not None:
-            del self._segments[tune_id]
-            parcel.state = None  # Tune keeps every trial's config to the end of the run
+    def reported(self, tune_id: str, reference: Any) -> None:
+        """Hand a worker's reports to the board; where they went away with their node, its pack is lost."""
+        try:
+            reports: dict[str, Report] = ray.get(reference)
+        except ray.exceptions.ObjectLostError as error:
+            self.lost(tune_id, f"its report was lost with its node ({type(error).__name__})")
+            return
+        if tune_id not in self._packs:  # an earlier report of it was lost
+            return
+        segments, parcel = self._packs[tune_id]
         with self._kept_failure():
-            self.board.reported(segment, report)
+            for trial_id, report in reports.items():
+                segment = segments[trial_id] if report.outcome is None else segments.pop(trial_id)
+                self.board.reported(segment, report)
+            if not segments:
+                self._forget(tune_id, parcel)
             self._on_event()
 
     def lost(self, tune_id: str, error: str) -> None:
-        """Tell the board that a segment ended without an outcome."""
-        found = self._segments.pop(tune_id, None)
+        """Tell the board that the segments of a pack ended without an outcome, if there are any."""
+        segments, parcel = self._packs.get(tune_id, ({}, None))
         with self._kept_failure():
-            if found is not None:
-                self.board.lost(found[0], error)
+            for segment in segments.values():
+                self.board.lost(segment, error)
+            if parcel is not None:
+                self._forget(tune_id, parcel)
             self._on_event()
+
+    def _forget(self, tune_id: str, parcel: Parcel) -> None:
+        del self._packs[tune_id]
+        parcel.members = ()  # Tune keeps every trial's config to the end of the run
 
     def tick(self) -> None:
         """A turn of Tune's loop has passed."""
@@ -141,15 +148,15 @@ class DriverLink:
         return object, ()
 
 
-class SegmentSearcher(Searcher):
-    """Gives Tune the board's segments; results reach the board through `DriverCallback`, not through this."""
+class PackSearcher(Searcher):
+    """Gives Tune the board's packs; results reach the board through `DriverCallback`, not through this."""
 
     def __init__(self, link: DriverLink) -> None:
         super().__init__()
         self._link = link
 
     def suggest(self, trial_id: str) -> Any:
-        """The next segment as a Tune config, `FINISHED` when all trials have ended, None to be asked soon."""
+        """The next pack as a Tune config, `FINISHED` when all trials have ended, None to be asked soon."""
         if self._link.board.finished:
             return Searcher.FINISHED
         parcel = self._link.next_parcel(trial_id)
@@ -198,7 +205,7 @@ class DriverCallback(tune.Callback):
         self._link.lost(trial.trial_id, error_text(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """The end of a Tune trial; a segment without an outcome by now counts as lost."""
+        """The end of a Tune trial; segments without an outcome by now count as lost."""
         self._link.lost(trial.trial_id, "its worker ended without a report")
 
 

@@ -104,9 +104,18 @@ PROVENANCE_COLUMNS: tuple[Column, ...] = (
     Column("plan_digest", "string", "sha256 of the resolved plan"),
 )
 
+# Null in all of them but pack_note: a trial that was no part of a pack.
+PACK_COLUMNS: tuple[Column, ...] = (
+    Column("pack_id", "string", "the pack that the trial was last part of"),
+    Column("pack_size", "int64", "trials that this pack began with", "trials"),
+    Column("pack_step_time_ms", "float64", "one step of this pack over its trials, median over epochs", "ms"),
+    Column("pack_note", "string", "why the trial was trained alone instead of in a pack, else empty"),
+)
+
 BASE_COLUMNS: tuple[Column, ...] = (
     *IDENTITY_COLUMNS,
     *OUTCOME_COLUMNS,
+    *PACK_COLUMNS,
     *METRIC_COLUMNS,
     *PROVENANCE_COLUMNS,
 )

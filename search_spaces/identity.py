@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CONFIG_ID_DIGITS = 12
+_AS_IT_IS = frozenset({bool, int, str})
 
 
 def canonical_json(config: Mapping[str, Any]) -> str:
@@ -55,10 +56,16 @@ def _canonical(value: object, where: str) -> Any:
             raise ValueError(f"{where} must be finite, got {value!r}")
         return int(value) if value.is_integer() else float(value)
     if isinstance(value, Mapping):
-        for key in value:
+        held = {}
+        for key, item in value.items():
             if not isinstance(key, str):
                 raise ValueError(f"{where} must have text keys, got {key!r}")
-        return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
+            # Nearly all values are these; a place for the message is made up for the others alone.
+            if item is None or type(item) in _AS_IT_IS:
+                held[key] = item
+            else:
+                held[key] = _canonical(item, f"{where}[{key!r}]")
+        return held
     if isinstance(value, list | tuple):
         return [_canonical(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise ValueError(f"{where} must be a number, text, true, false, null, list or mapping, got {value!r}")

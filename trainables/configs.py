@@ -34,6 +34,15 @@ def resolve_config(flat: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
+def resolve_and_activate(flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give what `resolve_config` and `active_knobs` give, looking at each value once; raises as they do."""
+    config = TrialConfig.from_flat(flat)
+    resolved: dict[str, Any] = dict(config.to_flat())
+    active = {name: resolved[name] for name in KNOBS if KNOBS[name].is_active(resolved)}
+    resolved.update({name: value for name, value in flat.items() if is_task_key(name)})
+    return resolved, active
+
+
 def active_knobs(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Give those knobs of a config that change its training, defaults filled in (no beta1 under sgd).
 

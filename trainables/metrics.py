@@ -38,46 +38,69 @@ def standard_metrics(
 
     An accepted prediction that is not finite costs infinity.
     """
-    if prediction.shape != value.shape or status.shape != value.shape:
-        raise ValueError(
-            "prediction, value and status must have one shape, got "
-            f"{tuple(prediction.shape)=}, {tuple(value.shape)=}, {tuple(status.shape)=}"
-        )
     if accepted.ndim < value.ndim:
         accepted = accepted.unsqueeze(-1)
-    accepted = accepted.expand(value.shape)
+    return pack_metrics(
+        prediction[None], accepted.expand(value.shape)[None], value, status, baseline=baseline
+    )[0]
+
+
+def pack_metrics(
+    prediction: Tensor,
+    accepted: Tensor,
+    value: Tensor,
+    status: Tensor,
+    *,
+    baseline: Tensor | float,
+) -> list[dict[str, float]]:
+    """Score the predictions of many trials on the same rows as `standard_metrics` scores those of one.
+
+    `prediction` has the trials before the shape of `value`, and so has `accepted`, which may lack the last
+    dimension.
+    """
+    if prediction.shape[1:] != value.shape or status.shape != value.shape:
+        raise ValueError(
+            "prediction, value and status must have one shape, got "
+            f"{tuple(prediction.shape[1:])=}, {tuple(value.shape)=}, {tuple(status.shape)=}"
+        )
+    if accepted.ndim < prediction.ndim:
+        accepted = accepted.unsqueeze(-1)
+    accepted = accepted.expand(prediction.shape)
     predicted = prediction.to(torch.float64)
     value = value.to(torch.float64)
     finite = status == _FINITE
     bottom = torch.isin(status, torch.tensor(_BOTTOMS, device=status.device))
 
     sign = (status == _BELOW).to(torch.float64) - (status == _ABOVE).to(torch.float64)
-    overstep = (sign * (predicted - value)).clamp_min(0.0)
-    bounded = (sign != 0) & value.isfinite()
-    error = torch.where(finite, (predicted - value).abs(), overstep)
+    apart = predicted - value
+    error = torch.where(finite, apart.abs(), (sign * apart).clamp_min(0.0))
     error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    bounded = (sign != 0) & value.isfinite()
 
     counted = accepted & (finite | bounded)
     trivial = (torch.as_tensor(baseline, dtype=torch.float64, device=value.device) - value).abs()
     charged = torch.where(accepted, error, trivial)
     zero = error.new_zeros(())
-    sums = torch.stack(
-        [
-            torch.where(counted, error, zero).sum(),
-            counted.sum(),
-            torch.where(finite, charged, zero).sum(),
-            finite.sum(),
-            (accepted & bottom).sum(),
-            bottom.sum(),
-            (~accepted & finite).sum(),
-        ]
-    ).tolist()  # the only wait for the device
-    return {
-        "accepted_error": _ratio(sums[0], sums[1]),
-        "charged_error": _ratio(sums[2], sums[3]),
-        "false_accept_rate": _ratio(sums[4], sums[5]),
-        "false_reject_rate": _ratio(sums[6], sums[3]),
-    }
+    columns = (
+        torch.where(counted, error, zero),
+        counted,
+        torch.where(finite, charged, zero),
+        accepted & bottom,
+        ~accepted & finite,
+    )
+    summed = torch.stack([column.flatten(1).sum(1).to(torch.float64) for column in columns], dim=1)
+    both = torch.stack([finite.sum(), bottom.sum()]).to(torch.float64)
+    # The only wait for the device.
+    told = torch.cat([summed, both.expand(len(summed), -1)], dim=1).tolist()
+    return [
+        {
+            "accepted_error": _ratio(error_sum, count),
+            "charged_error": _ratio(charge, finite_count),
+            "false_accept_rate": _ratio(wrongly_in, bottom_count),
+            "false_reject_rate": _ratio(wrongly_out, finite_count),
+        }
+        for error_sum, count, charge, wrongly_in, wrongly_out, finite_count, bottom_count in told
+    ]
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -91,7 +91,7 @@ class SCMTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first job, on as many threads as Ray has given CPUs."""
-        torch.set_num_threads(_thread_share(self.trial_resources))
+        torch.set_num_threads(thread_share(self.trial_resources))
         self._start(config["job"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -135,7 +135,7 @@ class SCMTrainable(tune.Trainable):
         device = job.get("device", "cpu")
         check_device(device)
         self._run, self._failed = None, None
-        self._provenance = _provenance(device)
+        self._provenance = {**place_of_trial(device), "started_at": datetime.now(UTC).isoformat()}
         try:
             loaded = load_task(job["task"], job["seed"])
         except (Exception, SystemExit) as error:  # a task that raises is a row of each of its trials
@@ -145,19 +145,18 @@ class SCMTrainable(tune.Trainable):
         self._run = TrialRun(loaded.task, job["config"], job["seed"], device, splits=loaded.splits)
 
 
-def _thread_share(resources: Any) -> int:
+def thread_share(resources: Any) -> int:
     """Give the whole CPUs of a trial's share, at least 1 (also outside of Tune, where there is no share)."""
     cpus = resources.head_cpus if resources is not None else 1
     return max(1, int(cpus))
 
 
-def _provenance(device: str) -> dict[str, Any]:
-    """Say where and when this trial runs, in the words of a row's columns."""
+def place_of_trial(device: str) -> dict[str, Any]:
+    """Say where this process runs trials, in the words of a row's columns."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     return {
         "hostname": socket.gethostname(),
         "device": device,
         "device_name": name or platform.machine(),
-        "started_at": datetime.now(UTC).isoformat(),
         "torch_version": torch.__version__,
     }

@@ -45,7 +45,7 @@ HISTORY_KEYS: tuple[str, ...] = (
 )
 TELEMETRY_PREFIX = "telemetry."
 _NAN_KINDS: tuple[str, ...] = ("loss", "gradient", "output", "parameter")
-_NAN = float("nan")
+NAN = float("nan")
 # What of a trial is saved besides its trainer: the name in the file, and the attribute.
 _SAVED: dict[str, str] = {
     "config": "config",
@@ -98,7 +98,7 @@ def run_trial(
 
 def failed_outcome(error: BaseException, config: Mapping[str, Any]) -> dict[str, Any]:
     """Give the outcome of a trial that an exception kept from starting: every key, NaN for its metrics."""
-    return _empty_outcome(config) | {"status": "failed", "error": error_line(error)}
+    return empty_outcome(config) | {"status": "failed", "error": error_line(error)}
 
 
 def error_line(error: BaseException) -> str:
@@ -111,6 +111,18 @@ def error_line(error: BaseException) -> str:
     ]
     place = f" ({Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
     return line[:500] + place
+
+
+def metric_columns(metrics: object, where: str) -> dict[str, float]:
+    """Name what a task measured as the columns of a row do; `TaskError` where it is not what it must be."""
+    check_metrics(metrics, where)
+    assert isinstance(metrics, dict)
+    columns = {
+        key if key in STANDARD_METRICS else f"metric.{key}": float(value) for key, value in metrics.items()
+    }
+    for key in STANDARD_METRICS:
+        columns.setdefault(key, NAN)
+    return columns
 
 
 def make_splits(task: Task, seed: int) -> Mapping[str, Split]:
@@ -266,7 +278,7 @@ class TrialRun:
         self._said = {
             "epoch": epoch,
             "loss": report.train["loss"],
-            "val_loss": _NAN if report.val is None else report.val["val_loss"],
+            "val_loss": NAN if report.val is None else report.val["val_loss"],
             "coverage": coverage,
             **metrics,
             "nan_count": sum(report.nan_counts.values()),
@@ -283,14 +295,7 @@ class TrialRun:
         split = self._splits[name]
         decoded = decode_split(self._trainer.model, split, tau_infer=self._settings.tau_infer)
         metrics = self.task.metrics(decoded, split, self._settings)
-        check_metrics(metrics, self.task.name)
-        columns = {
-            key if key in STANDARD_METRICS else f"metric.{key}": float(value)
-            for key, value in metrics.items()
-        }
-        for key in STANDARD_METRICS:
-            columns.setdefault(key, _NAN)
-        return columns, 1.0 - float(decoded.bottom.to(torch.float64).mean())
+        return metric_columns(metrics, self.task.name), 1.0 - float(decoded.bottom.to(torch.float64).mean())
 
     def _telemetry(self) -> dict[str, float]:
         assert self._trainer is not None
@@ -311,7 +316,7 @@ class TrialRun:
 
     def _counts(self) -> dict[str, Any]:
         """Give an outcome with what is known without decoding: counts, losses, times, sizes."""
-        outcome = _empty_outcome(self.config)
+        outcome = empty_outcome(self.config)
         if self._trainer is None:
             return outcome
         kinds = {f"nan_{kind}": count for kind, count in self._trainer.nan_counts.items()}
@@ -319,8 +324,8 @@ class TrialRun:
             **kinds,
             "nan_count": sum(kinds.values()),
             "step_time_ms": self._trainer.step_time_ms,
-            "loss": self._said.get("loss", _NAN),
-            "val_loss": self._said.get("val_loss", _NAN),
+            "loss": self._said.get("loss", NAN),
+            "val_loss": self._said.get("val_loss", NAN),
             "epochs": self._epoch,
             "parameters": sum(parameter.numel() for parameter in self._trainer.model.parameters()),
             "nan_origin": self._trainer.nan_origin,
@@ -343,7 +348,7 @@ class TrialRun:
             self._spent_s += time.perf_counter() - started
 
 
-def _empty_outcome(config: Mapping[str, Any]) -> dict[str, Any]:
+def empty_outcome(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give every key of an outcome, with NaN, 0 or "" where nothing is known yet."""
     measured = ("coverage", *STANDARD_METRICS)
     target = config.get("target_coverage")
@@ -356,11 +361,11 @@ def _empty_outcome(config: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": 0,
         "nan_count": 0,
         **{f"nan_{kind}": 0 for kind in _NAN_KINDS},
-        "step_time_ms": _NAN,
+        "step_time_ms": NAN,
         "duration_s": 0.0,
-        "loss": _NAN,
-        "val_loss": _NAN,
-        "target_coverage": float(target) if isinstance(target, (int, float)) else _NAN,
-        **dict.fromkeys(measured, _NAN),
-        **{f"test_{name}": _NAN for name in measured},
+        "loss": NAN,
+        "val_loss": NAN,
+        "target_coverage": float(target) if isinstance(target, (int, float)) else NAN,
+        **dict.fromkeys(measured, NAN),
+        **{f"test_{name}": NAN for name in measured},
     }

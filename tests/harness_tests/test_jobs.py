@@ -11,7 +11,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.halving import RungBoard
-from harness.jobs import EndedTrial, JobBoard, Report, Segment, TrialSpec
+from harness.jobs import EndedTrial, JobBoard, Packing, Report, Segment, TrialSpec
 
 MAX_EPOCHS = 9
 NAN = float("nan")
@@ -72,8 +72,12 @@ def run_board(
     retries: int = 100,
     stop_after: int | None = None,
     waits: bool = True,
+    packing: Packing | None = None,
 ) -> tuple[dict[str, EndedTrial], ListProposer, list[str]]:
-    """Run a board to its end with workers that finish in a random order, some of whose segments are lost."""
+    """Run a board to its end with workers that finish in a random order, some of which are lost.
+
+    A worker reports the segments of its pack one after another; what it has not reported is lost with it.
+    """
     order = random.Random(seed)
     ended: dict[str, EndedTrial] = {}
     fresh: list[str] = []
@@ -92,19 +96,26 @@ def run_board(
         rungs=RungBoard([2, 4], eta=2) if halving else None,
         retries=retries,
         known=known,
+        packing=packing,
     )
-    busy: list[Segment] = []
+    busy: list[list[Segment]] = []
     while not board.finished:
-        while len(busy) < workers and (segment := board.next_segment()) is not None:
-            busy.append(segment)
-        assert board.running == len(busy)
+        while len(busy) < workers and (pack := board.next_pack()):
+            assert {(one.start, one.until, one.shared) for one in pack} == {
+                (pack[0].start, pack[0].until, len(pack))
+            }
+            busy.append(pack)
+        assert board.running == sum(map(len, busy))
         if board.finished:
             break
-        segment = busy.pop(order.randrange(len(busy)))
+        pack = busy.pop(order.randrange(len(busy)))
         if order.random() < loses:
-            board.lost(segment, "node died")
+            for segment in pack:
+                board.lost(segment, "node died")
         else:
+            segment = pack.pop(order.randrange(len(pack)))
             board.reported(segment, train(segment))
+            busy += [pack] if pack else []
         if stop_after is not None and len(fresh) >= stop_after:
             break
     return ended, proposer, fresh
@@ -135,8 +146,9 @@ def test_every_reported_epoch_is_told_once() -> None:
         known={"c01-s0": ({"status": "completed", "epochs": 9}, {9: {"epoch": 9.0, "val_loss": 0.2}})},
         on_epoch=lambda trial, said: told.append((trial.trial_id, int(said["epoch"]))),
     )
-    while (segment := board.next_segment()) is not None:
-        board.reported(segment, train(segment))
+    while pack := board.next_pack():
+        for segment in pack:
+            board.reported(segment, train(segment))
     assert told == [("c00-s0", epoch) for epoch in range(1, MAX_EPOCHS + 1)]
 
 
@@ -151,6 +163,121 @@ def test_results_do_not_depend_on_workers_or_order(halving: bool, waits: bool) -
         )
         assert summary(ended) == summary(reference)
         assert sorted(proposer.told) == told.told
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("halving", [True, False])
+def test_results_do_not_depend_on_packs(halving: bool, waits: bool) -> None:
+    """Packs of any size and kind, for any number of workers, losing some: the same ends as one by one."""
+    reference, told, _ = run_board(WORTHS, halving=halving, waits=waits)
+    for seed in range(24):
+        kinds = 1 + seed % 3
+        packing = Packing(
+            size=1 + seed % 7,
+            workers=1 + seed % 4,
+            key=lambda trial, kinds=kinds: int(10 * trial.config["worth"]) % kinds or None,  # some alone
+        )
+        ended, proposer, _ = run_board(
+            WORTHS,
+            halving=halving,
+            waits=waits,
+            packing=packing,
+            workers=packing.workers,
+            seed=seed,
+            loses=0.15 * (seed % 3),
+        )
+        assert summary(ended) == summary(reference)
+        assert sorted(proposer.told) == told.told
+
+
+def packs_of(board: JobBoard) -> list[list[str]]:
+    """All packs that the board gives while nothing is reported, as trial ids."""
+    packs = []
+    while pack := board.next_pack():
+        packs.append([segment.trial.trial_id for segment in pack])
+    return packs
+
+
+def board_of(
+    batches: list[list[float]], packing: Packing, *, waits: bool = True, retries: int = 0
+) -> JobBoard:
+    return JobBoard(
+        ListProposer(batches, seeds=(0,), waits=waits),
+        on_ended=lambda one, replayed: None,
+        failed=lambda trial, error: {"status": "failed", "epochs": 0},
+        packing=packing,
+        retries=retries,
+    )
+
+
+@pytest.mark.parametrize(
+    ("trials", "size", "workers", "sizes"),
+    [
+        (8, 8, 1, [8]),
+        (8, 8, 2, [4, 4]),  # no worker goes without
+        (9, 4, 2, [3, 3, 3]),  # full packs and a rest of one would take as long
+        (3, 128, 2, [2, 1]),
+        (3, 1, 2, [1, 1, 1]),
+    ],
+)
+def test_packs_are_even_and_leave_no_worker_out(
+    trials: int, size: int, workers: int, sizes: list[int]
+) -> None:
+    """At most `size` trials to a pack, and the ready trials spread over all workers."""
+    packing = Packing(size=size, workers=workers, key=lambda trial: "same")
+    assert [len(pack) for pack in packs_of(board_of([[0.1] * trials], packing))] == sizes
+
+
+def test_only_trials_of_one_key_share_a_pack() -> None:
+    """What the key tells apart trains apart, and what has none trains alone."""
+    packing = Packing(size=8, key=lambda trial: int(trial.config["worth"]) or None)
+    packs = packs_of(board_of([[1.1, 2.1, 0.1, 1.2, 2.2, 0.2, 1.3]], packing))
+    assert packs == [["c00-s0", "c03-s0", "c06-s0"], ["c01-s0", "c04-s0"], ["c02-s0"], ["c05-s0"]]
+
+
+def test_a_search_that_does_not_learn_fills_packs_from_many_batches() -> None:
+    """As many batches are drawn ahead as fill a pack for every worker; a search that learns stays in one."""
+    packing = Packing(size=6, workers=2, key=lambda trial: "same")
+    for waits, sizes in ((False, [6, 5, 5]), (True, [2, 2])):
+        board = board_of([[0.1] * 4 for _ in range(4)], packing, waits=waits)
+        assert [len(pack) for pack in packs_of(board)] == sizes
+
+
+def test_a_lost_pack_runs_again_in_smaller_ones_and_at_last_alone() -> None:
+    """Whoever brings the worker down each time fails alone, and nobody else does for having been with it."""
+    board = board_of([[0.5] * 63 + [0.1]], Packing(size=64, key=lambda trial: "same"), retries=1)
+    shared: dict[int, int] = {}
+    failed: list[str] = []
+    board._on_ended = lambda one, replayed: (  # type: ignore[assignment]
+        failed.append(one.trial.trial_id) if one.outcome["status"] == "failed" else None
+    )
+    while pack := board.next_pack():
+        kills = any(segment.trial.config["worth"] == 0.1 for segment in pack)
+        shared[len(pack)] = shared.get(len(pack), 0) + kills
+        for segment in pack:
+            if kills:
+                board.lost(segment, "killed")
+            else:
+                board.reported(segment, train(segment))
+    assert failed == ["c063-s0"]
+    assert shared == {64: 1, 8: 1, 1: 2}
+
+
+def test_what_was_found_to_share_no_pack_is_not_packed_again() -> None:
+    """A worker that says why a trial trains alone spares the next ones of its kind the attempt."""
+    board = board_of([[0.5] * 4, [0.5] * 4], Packing(size=4, key=lambda trial: "same"))
+    for segment in board.next_pack():
+        report = train(segment)
+        assert report.outcome is not None
+        board.reported(segment, Report(report.epochs, {**report.outcome, "pack_note": "it draws"}))
+    assert [len(pack) for pack in packs_of(board)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["size", "workers"])
+def test_packing_refuses_less_than_one(name: str) -> None:
+    """A pack holds a trial, and somebody trains it."""
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got {name}=0"):
+        Packing(**{name: 0})
 
 
 def test_halving_keeps_the_best_and_stops_the_rest() -> None:
@@ -202,18 +329,15 @@ def test_a_lost_segment_runs_again_from_its_own_start() -> None:
         rungs=RungBoard([2], eta=2),
         retries=1,
     )
-    first = board.next_segment()
-    assert first is not None
+    (first,) = board.next_pack()
     board.reported(first, train(first))
-    second = board.next_segment()
-    assert second is not None
+    (second,) = board.next_pack()
     assert (second.state, second.until) == (b"2", None)
     board.lost(second, "node died")
-    again = board.next_segment()
-    assert again is not None
+    (again,) = board.next_pack()
     assert (again.state, again.until, again.attempt) == (b"2", None, 1)
     board.reported(again, train(again))
-    assert board.next_segment() is None
+    assert board.next_pack() == []
     assert board.finished
     assert [one.outcome["epochs"] for one in ended] == [9]
 
@@ -227,8 +351,8 @@ def test_a_search_that_learns_waits_for_the_batch() -> None:
             failed=lambda trial, error: {},
         )
         drawn = []
-        while (segment := board.next_segment()) is not None:
-            drawn.append(segment.trial.cohort)
+        while pack := board.next_pack():
+            drawn += [segment.trial.cohort for segment in pack]
         assert set(drawn) == first_batches
 
 
@@ -242,8 +366,7 @@ def play_rung(metrics: Mapping[str, float], nan_budget: int = 0) -> EndedTrial |
         rungs=RungBoard([2], eta=2),
         nan_budget=nan_budget,
     )
-    segment = board.next_segment()
-    assert segment is not None
+    (segment,) = board.next_pack()
     outcome = {"status": "stopped", "stop_reason": "halving at epoch 2", "epochs": 2}
     board.reported(segment, Report([{"epoch": 2.0, **metrics}], outcome, b"state"))
     return ended[0] if ended else None

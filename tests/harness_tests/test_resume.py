@@ -20,6 +20,7 @@ from reports.history import read_history
 from reports.rows import read_rows
 
 OF_THE_RUN = {"run_id", "step_time_ms", "duration_s", "started_at", "node_id", "hostname", "commit"}
+OF_THE_RUN |= {"pack_id", "pack_size", "pack_step_time_ms"}
 
 
 def comparable(run: Path, read: Callable[[Path], Any]) -> list[list[tuple[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,22 @@ from harness.plan import load_plan, plan_digest
 from harness.sink import RunSink
 from harness.sweep import run_sweep
 from reports.history import read_history
-from reports.rows import read_rows
+from reports.rows import RowWriter, read_rows
 from reports.schema import missing_columns
 
 # What may differ between two runs of one plan: clocks, places, and the run itself.
-OF_THE_RUN = {"run_id", "step_time_ms", "duration_s", "started_at", "node_id", "hostname", "commit"}
+OF_THE_RUN = {
+    "pack_id",
+    "pack_size",
+    "pack_step_time_ms",
+    "run_id",
+    "step_time_ms",
+    "duration_s",
+    "started_at",
+    "node_id",
+    "hostname",
+    "commit",
+}
 
 OWN_TASK = """
 import os
@@ -183,16 +194,16 @@ def test_a_disk_that_fails_ends_the_sweep_with_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A row that cannot be written stops the run with exit code 4; rows before it stay, and it can go on."""
-    write = RunSink.write
-    plan, out = write_plan(), tmp_path / "out"
+    append_all = RowWriter.append_all
+    plan, out = write_plan(packs={"size": 2}, resources={"max_concurrent": 1}), tmp_path / "out"
 
-    def write_twice(self: RunSink, ended: EndedTrial) -> None:
-        if len(list((out / "rows").glob("*.parquet"))) and len(read_rows(out)) >= 2:
+    def append_once(self: RowWriter, rows: Iterable[Mapping[str, Any]]) -> None:
+        if any((out / "rows").glob("*.parquet")):
             raise OSError(28, "No space left on device")
-        write(self, ended)
+        append_all(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunSink, "write", write_twice)
+        patch.setattr(RowWriter, "append_all", append_once)
         assert main(["sweep", str(plan), "--out", str(out)]) == EXIT_RUN_FOLDER
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert len(read_rows(out)) == 2

@@ -22,8 +22,8 @@ class Board:
     def __init__(self) -> None:
         self.told: list[Any] = []
 
-    def next_segment(self) -> Segment:
-        return SEGMENT
+    def next_pack(self) -> list[Segment]:
+        return [SEGMENT]
 
     def reported(self, segment: Segment, report: Report) -> None:
         self.told.append(report.state)
@@ -33,13 +33,13 @@ class Board:
 
 
 def link_of(board: Board) -> DriverLink:
-    link = DriverLink(board, lambda segment: Parcel({"trial_id": "a-s0"}, 1, None), lambda: None)  # type: ignore[arg-type]
+    link = DriverLink(board, lambda segments: Parcel("p", {}, "cpu", ()), lambda: None)  # type: ignore[arg-type]
     link.next_parcel("tune-1")
     return link
 
 
-def test_a_state_that_went_away_with_its_node_is_a_lost_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segment runs again instead of ending the sweep; what Tune says of it afterwards counts no more."""
+def test_a_report_that_went_away_with_its_node_is_a_lost_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its segments run again instead of ending the sweep; what comes of it afterwards counts no more."""
 
     def gone(reference: object) -> bytes:
         raise ray.exceptions.OwnerDiedError("00", None, "")
@@ -47,14 +47,25 @@ def test_a_state_that_went_away_with_its_node_is_a_lost_segment(monkeypatch: pyt
     monkeypatch.setattr(ray, "get", gone)
     board = Board()
     link = link_of(board)
-    link.reported("tune-1", Report([], {"status": "stopped"}, "reference"))
+    link.reported("tune-1", "reference")
     link.lost("tune-1", "its worker ended without a report")
-    assert board.told == ["its state was lost with its node (OwnerDiedError)"]
+    assert board.told == ["its report was lost with its node (OwnerDiedError)"]
+    monkeypatch.setattr(ray, "get", lambda reference: {"a-s0": Report([], {"status": "completed"})})
+    link.reported("tune-1", "a later reference")
+    assert len(board.told) == 1
 
 
-def test_a_state_reaches_the_board_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference of a report is exchanged for what it stands for."""
-    monkeypatch.setattr(ray, "get", lambda reference: b"state")
+def test_reports_reach_the_board_and_the_rest_of_a_pack_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is exchanged for what it stands for; who has reported is not lost with the worker."""
+    other = Segment(TrialSpec("b-s0", "b", 0, 0, {}), until=1, state=None)
+    monkeypatch.setattr(
+        ray, "get", lambda reference: {"a-s0": Report([], {"status": "stopped"}, "state"), "b-s0": Report([])}
+    )
     board = Board()
-    link_of(board).reported("tune-1", Report([], {"status": "stopped"}, "reference"))
-    assert board.told == [b"state"]
+    monkeypatch.setattr(board, "next_pack", lambda: [SEGMENT, other])
+    link = link_of(board)
+    link.reported("tune-1", "reference")
+    assert board.told == ["state", None]
+    link.lost("tune-1", "its worker died")
+    link.lost("tune-1", "and Tune says so again")
+    assert board.told == ["state", None, "its worker died"]

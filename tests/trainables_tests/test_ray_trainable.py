@@ -142,7 +142,7 @@ def test_absent_gpu_is_an_error_at_setup_and_at_reset(job: dict[str, Any]) -> No
 @pytest.mark.parametrize("cpus, threads", [(0.5, 1), (1, 1), (2, 2), (2.5, 2)])
 def test_threads_are_the_whole_cpus_of_the_trials_share(cpus: float, threads: int) -> None:
     """Two trials of one CPU each do not fight for two cores with two threads each."""
-    assert ray_trainable._thread_share(PlacementGroupFactory([{"CPU": cpus}])) == threads
+    assert ray_trainable.thread_share(PlacementGroupFactory([{"CPU": cpus}])) == threads
 
 
 def test_data_are_loaded_once_until_the_file_changes(write_csv: Any) -> None:

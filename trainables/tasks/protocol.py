@@ -51,6 +51,11 @@ class Task(Protocol):
 
     It may also have a method ``symmetries()``, which maps names to `scm.guards.symmetry.Symmetry`: what may
     be done to inputs with a known effect on the right answers. `lambda_equivariance` needs it.
+
+    And a method ``pack_metrics(decoded, split, configs)``, which scores many trials at once: every tensor of
+    `decoded` has the trials before the rows, `configs` is theirs, and it returns a list of what `metrics`
+    would return for each. Without it, `metrics` is called trial by trial, which in a pack of small models
+    may take longer than the training.
     """
 
     name: str

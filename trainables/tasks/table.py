@@ -5,10 +5,10 @@ What a file may hold, and what is said when it does not, is in `trainables.tasks
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import torch
 from scm.data import Split
 from scm.models import make_model
 from scm.training.targets import STATUS_CODES, STATUSES, lift_semantic_targets
-from trainables.metrics import standard_metrics
+from trainables.metrics import pack_metrics, standard_metrics
 from trainables.tasks.protocol import SPLIT_NAMES, TaskError, check_params, nearest
 from trainables.tasks.table_data import (
     KINDS,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
     from trainables.tasks.protocol import LossFn
+
+_Scores = TypeVar("_Scores")
 
 TRANSFORMS: tuple[str, ...] = ("none", "log")
 
@@ -193,9 +195,18 @@ class TableTask:
 
     def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
         """Score in the target's unit; an abstention is charged the error of answering the training median."""
+        return self._scored(standard_metrics, decoded, split)
+
+    def pack_metrics(
+        self, decoded: Decoded, split: Split, configs: Sequence[TrialConfig]
+    ) -> list[dict[str, float]]:
+        """Score many trials at once; of `decoded`, every tensor has the trials before the rows."""
+        return self._scored(pack_metrics, decoded, split)
+
+    def _scored(self, score: Callable[..., _Scores], decoded: Decoded, split: Split) -> _Scores:
         value, status = split.extras["value"], split.extras["status"]
         prediction = self.to_target_units(decoded.decoded.to(value.device))
-        return standard_metrics(
+        return score(
             prediction,
             ~decoded.bottom.to(value.device),
             value,

@@ -1,0 +1,681 @@
+"""Trials of one task trained together: as one vectorised model those that can be, the others one by one.
+
+The training itself is `scm.packed`'s and, for a trial alone, `trainables.trial`'s. Decided here: which trials
+become one model, what each of them says (as it would alone, but for the rounding of sums), and that whatever
+stands in the way of training together makes trials train alone, with the reason in `pack_note`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scm.data import Split
+from scm.packed.eligibility import IN_LOSS, OWN
+from scm.packed.engine import PackedTrainer, PackEpoch, Programs
+from scm.packed.lanes import Entrant, NotPackable, PackTrial, look_at
+from scm.training.bench import WARM_UP_STEPS
+from scm.training.companion import Moment
+from scm.trial import Decoded
+from scm.trial_config import KNOBS, TrialConfig
+from trainables.configs import resolve_config
+from trainables.tasks.protocol import Task
+from trainables.trial import (
+    NAN,
+    TELEMETRY_PREFIX,
+    TrialRun,
+    check_device,
+    empty_outcome,
+    error_line,
+    failed_outcome,
+    make_task_trainer,
+    metric_columns,
+)
+
+Load = Callable[[int], tuple[Task, Mapping[str, Split]]]
+"""The task and its splits for a seed."""
+
+# Steps of a brief training alone, the first of which warm up.
+TIMED_STEPS = 18
+# Traced programs that a process keeps; a space of many widths has as many kinds of pack.
+_KEPT_PROGRAMS = 64
+# A trial takes its weights, gradients, up to three rows of optimizer state and the best epoch's weights.
+_ROWS_OF_WEIGHTS = 6
+_SHARE_OF_MEMORY = 0.25
+
+# Terms that are there or not in all of a pack, because they carry something from step to step.
+_WITH_A_STATE = ("lambda_saturation", "lambda_spread")
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """Where a trial of a pack stands between two epochs, as plain values and arrays that travel well."""
+
+    lane: Mapping[str, Any]
+    held: Mapping[str, np.ndarray]
+    optimizer: Mapping[str, np.ndarray]
+    best: np.ndarray | None
+    spent_s: float
+
+
+@dataclass(frozen=True)
+class AloneState:
+    """Where a trial that trains alone stands: its files as bytes, and why it trains alone."""
+
+    files: bytes
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A trial for a pack: from `state` (None: its start) until an epoch (None: its end)."""
+
+    trial_id: str
+    config: Mapping[str, Any]
+    seed: int
+    until: int | None = None
+    state: LaneState | AloneState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one trial said: the numbers of an epoch (empty: none), and where it ended its outcome.
+
+    state: of a trial that reached its `until` and could go on; its outcome is then the one it would have.
+    """
+
+    trial_id: str
+    said: Mapping[str, Any]
+    outcome: Mapping[str, Any] | None = None
+    state: LaneState | AloneState | None = None
+
+
+@dataclass
+class Shelf:
+    """What a process keeps of one task from pack to pack: nothing that changes what a trial comes to.
+
+    task: the one whose loss is traced; programs: traced steps; refused: kinds of trials that could not be
+    traced, with the reason; step_times: of the parts of a step, by what they consist of.
+    """
+
+    task: Task | None = None
+    programs: Programs = field(default_factory=dict)
+    refused: dict[Hashable, str] = field(default_factory=dict)
+    step_times: dict[Hashable, float] = field(default_factory=dict)
+
+    def tidy(self) -> None:
+        """Let the oldest programs go where there are too many."""
+        while len(self.programs) > _KEPT_PROGRAMS:
+            del self.programs[next(iter(self.programs))]
+
+
+class PackRun:
+    """Trials under way together: step them epoch by epoch until `done`.
+
+    members: trials with names of their own. load: gives task and splits of a seed; what it raises is the
+    outcome of the seed's trials. pack_id: names the pack in outcomes. Raises `DeviceError` at once when the
+    device is absent, and nothing else: a trial that raises has failed, and no other with it.
+
+    Outcomes have the keys of `TrialRun.outcome` and four more: `pack_id`, `pack_size` and `pack_step_time_ms`
+    (the pack's step over its size) where the trial was part of a pack, else None, and `pack_note`, why it was
+    not, or empty. `step_time_ms` is in any case that of the config alone: for a trial of a pack it is the
+    time of forward and backward pass and that of the optimizer's step, each measured when a trial has ended,
+    in a brief training alone that does the same there.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        load: Load,
+        device: str = "cpu",
+        *,
+        pack_id: str = "pack",
+        shelf: Shelf | None = None,
+    ) -> None:
+        check_device(device)
+        self.device = device
+        self.pack_id = pack_id
+        self.shelf = Shelf() if shelf is None else shelf
+        self._load = load
+        self._told: list[Told] = []
+        self._units: deque[_Together | _Alone] = deque()
+        self._packs = 0
+        self._seat([self._look_at(member) for member in members])
+
+    @property
+    def done(self) -> bool:
+        """Whether every trial has ended or waits at its `until`."""
+        return not self._units and not self._told
+
+    def step(self) -> list[Told]:
+        """Train an epoch of some of the trials, and return what they said; RuntimeError when all are done."""
+        if self.done:
+            raise RuntimeError("step() must not be called on a pack that is done")
+        while not self._told and self._units:
+            unit = self._units[0]
+            try:
+                self._told = unit.step()
+            except NotPackable as error:
+                self._part(unit, error.reason)
+            # Whatever stops a pack, its trials are trained alone: what is their own fault shows there.
+            except Exception as error:
+                self._part(unit, f"the pack failed: {error_line(error)}")
+            else:
+                if unit.done:
+                    self._units.popleft()
+        told, self._told = self._told, []
+        self.shelf.tidy()
+        return told
+
+    def _part(self, unit: _Together | _Alone, reason: str) -> None:
+        """Train the trials of a pack alone that have not ended, from their beginning."""
+        assert isinstance(unit, _Together)  # of one alone, everything is an outcome
+        self._units.popleft()
+        self.shelf.refused[unit.signature] = reason
+        self._units.extendleft(_Alone(self, seat, reason) for seat in reversed(unit.seats))
+
+    def _look_at(self, member: Member) -> _Seat | None:
+        try:
+            task, splits = self._load(member.seed)
+        except (Exception, SystemExit) as error:  # a task that raises is an outcome of each of its trials
+            self._told.append(Told(member.trial_id, {}, failed_outcome(error, member.config)))
+            return None
+        if self.shelf.task is None:
+            self.shelf.task = task
+        seat = _Seat(member, task, splits)
+        if isinstance(member.state, AloneState):
+            seat.note = member.state.note
+            return seat
+        try:
+            seat.config = resolve_config(member.config)
+            trial = PackTrial(TrialConfig.from_flat(seat.config), member.seed, member.trial_id)
+            seat.entrant = look_at(trial, task.build_model, splits)
+        except (Exception, SystemExit):  # it fails the same way alone, and says so in its outcome
+            return seat
+        seat.note = seat.entrant.reason or self.shelf.refused.get(seat.entrant.signature, "")
+        return seat
+
+    def _seat(self, seats: Sequence[_Seat | None]) -> None:
+        """Make packs of those that can be one, and let the others follow alone."""
+        kinds: dict[Hashable, list[_Seat]] = {}
+        alone: list[_Seat] = []
+        for seat in seats:
+            if seat is None:
+                continue
+            if seat.entrant is None or seat.note:
+                alone.append(seat)
+            else:
+                kinds.setdefault(seat.entrant.signature, []).append(seat)
+        many = len(kinds) > 1
+        for kind in kinds.values():
+            entrant = kind[0].entrant
+            assert entrant is not None
+            packs = -(-len(kind) // lanes_that_fit(entrant, self.device))
+            size = -(-len(kind) // packs)
+            for first in range(0, len(kind), size):
+                name = f"{self.pack_id}.{self._packs}" if many or packs > 1 else self.pack_id
+                self._packs += 1
+                self._units.append(_Together(self, kind[first : first + size], name))
+        self._units.extend(_Alone(self, seat, seat.note) for seat in alone)
+
+    def step_time_alone(self, seat: _Seat) -> float:
+        """The step time of a trial's config alone, each part measured once for all that do the same there."""
+        assert seat.entrant is not None
+        times, parts = self.shelf.step_times, step_parts(seat.entrant, self.device)
+        if any(part not in times for part in parts):
+            config, seed = seat.entrant.trial.config, seat.member.seed
+            measured = time_parts(seat.task, config, seed, seat.splits["train"], self.device)
+            for part, time_ms in zip(parts, measured, strict=True):
+                times.setdefault(part, time_ms)
+        return sum(times[part] for part in parts)
+
+
+@dataclass
+class _Seat:
+    """A trial with what it needs: its task, its data, and what was seen of its model."""
+
+    member: Member
+    task: Task
+    splits: Mapping[str, Split]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    entrant: Entrant | None = None
+    note: str = ""
+    said: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    step_ms: list[float] = field(default_factory=list)
+    spent_s: float = 0.0
+    parameters: int = 0
+
+
+class _Together:
+    """Trials that are one model."""
+
+    def __init__(self, run: PackRun, seats: list[_Seat], name: str) -> None:
+        self.seats = seats  # those that have not ended
+        self.name = name
+        self.size = len(seats)
+        entrant = seats[0].entrant
+        assert entrant is not None
+        self.signature = entrant.signature
+        self._run = run
+        self._trainer: PackedTrainer | None = None
+        self._epochs: Iterator[PackEpoch] = iter(())
+
+    @property
+    def done(self) -> bool:
+        return not self.seats
+
+    def step(self) -> list[Told]:
+        """Train one epoch of all."""
+        begun = time.perf_counter()
+        trainer = self._trainer or self._make_trainer()
+        epoch = next(self._epochs)
+        measured = self._measure("val", self.seats)
+        failed: dict[str, str] = {}
+        for seat in self.seats:
+            failure = self._take_epoch(seat, epoch, measured[seat.member.trial_id])
+            if failure is not None:
+                failed[seat.member.trial_id] = failure
+        spent_s = (time.perf_counter() - begun) / len(self.seats)
+        for seat in self.seats:
+            seat.spent_s += spent_s
+            seat.step_ms.append(epoch.step_ms)
+        told = self._end_some(trainer, failed)
+        ended = {one.trial_id for one in told if one.outcome is not None}
+        self.seats = [seat for seat in self.seats if seat.member.trial_id not in ended]
+        return told
+
+    def _make_trainer(self) -> PackedTrainer:
+        run, task = self._run, self._run.shelf.task
+        assert task is not None
+        splits = {seat.member.seed: seat.splits for seat in self.seats}
+        loss_of = task.make_loss
+        trainer = PackedTrainer(
+            (),
+            task.build_model,
+            splits.__getitem__,
+            device=run.device,
+            loss_of=loss_of,
+            programs=run.shelf.programs,
+        )
+        states = [seat.member.state for seat in self.seats if isinstance(seat.member.state, LaneState)]
+        if states:
+            trainer.load_state_dict(joined_state(states))
+        for seat in self.seats:
+            assert seat.entrant is not None
+            seat.parameters = sum(item.numel() for item in seat.entrant.model.parameters())
+            if isinstance(seat.member.state, LaneState):
+                seat.spent_s = seat.member.state.spent_s
+            else:
+                trainer.refill(seat.entrant)
+        self._trainer, self._epochs = trainer, trainer.epochs()
+        return trainer
+
+    def _take_epoch(
+        self, seat: _Seat, epoch: PackEpoch, measured: tuple[dict[str, float], float] | BaseException
+    ) -> str | None:
+        """Note what a trial's epoch says; return the message of a task that failed to score it."""
+        assert self._trainer is not None
+        report = epoch.reports[seat.member.trial_id]
+        seat.counts = {f"nan_{kind}": count for kind, count in report.nan_counts.items()}
+        if isinstance(measured, BaseException):
+            return error_line(measured)
+        metrics, coverage = measured
+        seat.said = {
+            "epoch": report.epoch + 1,
+            "loss": report.train["loss"],
+            "val_loss": NAN if report.val is None else report.val["val_loss"],
+            "coverage": coverage,
+            **metrics,
+            "nan_count": sum(report.nan_counts.values()),
+            "lr": report.train["lr"],
+            "step_time_ms": NAN,  # nothing inside of a pack is measured alone
+            **self._telemetry(seat),
+        }
+        return None
+
+    def _telemetry(self, seat: _Seat) -> dict[str, float]:
+        assert self._trainer is not None
+        said = self._trainer.telemetry(seat.member.trial_id)
+        return {f"{TELEMETRY_PREFIX}{name}": value for name, value in said.items()}
+
+    def _end_some(self, trainer: PackedTrainer, failed: Mapping[str, str]) -> list[Told]:
+        """Return what all said, with outcomes of those that have ended, or reached the epoch to pause at."""
+        ending, pausing = [], []
+        for seat in self.seats:
+            key = seat.member.trial_id
+            if key in failed:
+                continue
+            if trainer.lane(key).status != "running":
+                ending.append(seat)
+            elif seat.member.until is not None and seat.said["epoch"] >= seat.member.until:
+                pausing.append(seat)
+        states = split_state(trainer.state_dict()) if pausing else {}
+        outcomes: dict[str, Mapping[str, Any]] = {}
+        if ending or pausing:
+            tested = self._measure("test", [*ending, *pausing])
+            for seat in (*ending, *pausing):
+                outcomes[seat.member.trial_id] = self._outcome(seat, tested[seat.member.trial_id])
+        told = []
+        for seat in self.seats:
+            key = seat.member.trial_id
+            if key in failed:
+                outcome = self._counted(seat) | {"status": "failed", "error": failed[key]}
+                told.append(Told(key, {}, outcome))
+                trainer.stop(key, "failed")
+            elif seat in pausing:
+                state = replace(states[key], spent_s=seat.spent_s)
+                told.append(Told(key, seat.said, outcomes[key], state))
+                trainer.stop(key, "paused")
+            else:
+                told.append(Told(key, seat.said, outcomes.get(key)))
+        return told
+
+    def _outcome(self, seat: _Seat, tested: tuple[dict[str, float], float] | BaseException) -> dict[str, Any]:
+        assert self._trainer is not None
+        outcome = self._counted(seat)
+        if isinstance(tested, BaseException):
+            return outcome | {"status": "failed", "error": error_line(tested)}
+        lane = self._trainer.lane(seat.member.trial_id)
+        metrics, coverage = tested
+        own = {name: seat.said[name] for name in seat.said if name not in _OF_AN_EPOCH}
+        paused = lane.status == "running"
+        return (
+            outcome
+            | own
+            | {"test_coverage": coverage, **{f"test_{name}": value for name, value in metrics.items()}}
+            | {
+                "status": "stopped" if paused else lane.status,
+                "stop_reason": f"paused at epoch {seat.said['epoch']}" if paused else lane.stop_reason,
+                "step_time_ms": self._run.step_time_alone(seat),
+            }
+        )
+
+    def _counted(self, seat: _Seat) -> dict[str, Any]:
+        """Give an outcome with what is known without scoring, as `TrialRun` does."""
+        assert self._trainer is not None
+        return empty_outcome(seat.config) | {
+            **seat.counts,
+            "nan_count": sum(seat.counts.values()),
+            "nan_origin": self._trainer.lane(seat.member.trial_id).nan_origin,
+            "loss": seat.said.get("loss", NAN),
+            "val_loss": seat.said.get("val_loss", NAN),
+            "epochs": seat.said.get("epoch", 0),
+            "parameters": seat.parameters,
+            "duration_s": seat.spent_s,
+            "pack_id": self.name,
+            "pack_size": self.size,
+            "pack_step_time_ms": median(seat.step_ms) if seat.step_ms else NAN,
+            "pack_note": "",
+        }
+
+    def _measure(
+        self, name: str, seats: Sequence[_Seat]
+    ) -> dict[str, tuple[dict[str, float], float] | BaseException]:
+        """Score the answers of some trials on a split: metrics by column and coverage, or what was raised."""
+        assert self._trainer is not None
+        answers = self._trainer.decode(name)
+        places = {key: place for place, key in enumerate(answers.keys)}
+        coverage = (1.0 - answers.bottom.flatten(1).to(torch.float64).mean(1)).tolist()
+        by_split: dict[int, list[_Seat]] = {}
+        for seat in seats:
+            by_split.setdefault(id(seat.splits[name]), []).append(seat)
+        measured: dict[str, tuple[dict[str, float], float] | BaseException] = {}
+        for alike in by_split.values():
+            rows = [places[seat.member.trial_id] for seat in alike]
+            for seat, row, found in zip(alike, rows, _score(alike, answers[1:], rows, name), strict=True):
+                key = seat.member.trial_id
+                measured[key] = found if isinstance(found, BaseException) else (found, coverage[row])
+        return measured
+
+
+# What an epoch says beside what an outcome does.
+_OF_AN_EPOCH = ("epoch", "lr", "step_time_ms", "nan_count", "loss", "val_loss")
+
+
+def _score(
+    seats: Sequence[_Seat], columns: Sequence[Tensor], rows: Sequence[int], name: str
+) -> list[dict[str, float] | BaseException]:
+    """Score trials of one split, in one call where the task has a method for it."""
+    task, split = seats[0].task, seats[0].splits[name]
+    configs = [seat.entrant.trial.config for seat in seats if seat.entrant is not None]
+    together = getattr(task, "pack_metrics", None)
+    if together is not None:
+        place = torch.tensor(rows)
+        try:
+            many = together(Decoded(*(item.index_select(0, place) for item in columns)), split, configs)
+            return [metric_columns(metrics, task.name) for metrics in many]
+        except (Exception, SystemExit):  # one of them may be at fault: below it is seen which
+            pass
+    found: list[dict[str, float] | BaseException] = []
+    for config, row in zip(configs, rows, strict=True):
+        try:
+            metrics = task.metrics(Decoded(*(item[row] for item in columns)), split, config)
+            found.append(metric_columns(metrics, task.name))
+        except (Exception, SystemExit) as error:  # what a task raises is the outcome of that trial
+            found.append(error)
+    return found
+
+
+class _Alone:
+    """A trial that trains by itself."""
+
+    def __init__(self, run: PackRun, seat: _Seat, note: str) -> None:
+        self.done = False
+        self._pack = run
+        self._seat = seat
+        self._note = note
+        self._run: TrialRun | None = None
+
+    def step(self) -> list[Told]:
+        """Train one epoch."""
+        member = self._seat.member
+        run = self._run or self._begin()
+        said = {} if run.done else run.step()
+        if run.done:
+            self.done = True
+            return [Told(member.trial_id, said, self._outcome(run))]
+        if member.until is None or said["epoch"] < member.until:
+            return [Told(member.trial_id, said)]
+        self.done = True
+        with tempfile.TemporaryDirectory(prefix="scm-state-") as folder:
+            run.save(Path(folder))
+            state = AloneState(pack_folder(Path(folder)), self._note)
+        run.stop(f"paused at epoch {said['epoch']}")
+        return [Told(member.trial_id, said, self._outcome(run), state)]
+
+    def _begin(self) -> TrialRun:
+        seat, member = self._seat, self._seat.member
+        self._run = run = TrialRun(
+            seat.task, member.config, member.seed, self._pack.device, splits=seat.splits
+        )
+        if isinstance(member.state, AloneState):
+            with tempfile.TemporaryDirectory(prefix="scm-state-") as folder:
+                unpack_folder(member.state.files, Path(folder))
+                run.load(Path(folder))
+        return run
+
+    def _outcome(self, run: TrialRun) -> dict[str, Any]:
+        own = {"pack_id": None, "pack_size": None, "pack_step_time_ms": None, "pack_note": self._note}
+        return run.outcome() | own
+
+
+# --- what may be one model, and how many of it --------------------------------------------------------
+
+
+def pack_key(active: Mapping[str, Any]) -> Hashable:
+    """Return what must be equal of the knobs of trials that may be one model: those that make up a step.
+
+    active: the knobs that change anything, by name. Whether the trials are one model in the end is seen when
+    their models are built.
+    """
+    parts: list[tuple[str, Any]] = [("finite_action", active.get("finite_action"))]
+    for name, value in sorted(active.items()):
+        if name not in IN_LOSS:
+            parts += [] if name in OWN else [(name, value)]
+        elif KNOBS[name].optional:
+            parts.append((name, value is None))
+        elif name in _WITH_A_STATE:
+            parts.append((name, value == 0))
+    return tuple(parts)
+
+
+def lanes_that_fit(entrant: Entrant, device: str) -> int:
+    """How many trials of a model fit into a quarter of the memory that is free now, at least 1."""
+    weights = sum(item.numel() * item.element_size() for item in entrant.model.parameters())
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = _available_memory()
+    return max(1, int(_SHARE_OF_MEMORY * free / (_ROWS_OF_WEIGHTS * max(1, weights))))
+
+
+def _available_memory() -> int:
+    """Bytes that processes of this machine can still have; all there are where the system does not say."""
+    try:
+        said = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        said = None
+    if said is not None:
+        return 1024 * int(said[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- the step time of a config alone ------------------------------------------------------------------
+
+
+def step_parts(entrant: Entrant, device: str) -> tuple[Hashable, Hashable]:
+    """Return what the two parts of a training step consist of: forward and backward pass, optimizer's step.
+
+    On a GPU, where the one runs while the other is launched, the first is the whole and the second nothing.
+    """
+    config = entrant.trial.config
+    place = (device, torch.get_num_threads())
+    weights = tuple((item.shape, item.dtype) for item in entrant.model.parameters())
+    optimizer = (config.optimizer, config.momentum == 0, config.clip_norm is None, weights)
+    idle = tuple(name for name in sorted(IN_LOSS) if getattr(config, name) == 0)
+    passes = (entrant.signature, config.gradient_policy is None, idle)
+    if device.startswith("cuda"):
+        return (place, passes, optimizer), ()
+    return (place, passes), (place, optimizer)
+
+
+def time_parts(task: Task, config: TrialConfig, seed: int, train: Split, device: str) -> tuple[float, float]:
+    """Return the times of the two parts of a step of `step_parts`, in ms, from a brief training.
+
+    It is the training of the config, cut short, and leaves nothing behind. NaN where it raises.
+    """
+    group = config.batch_size * config.gradient_accumulation_steps
+    rows = torch.arange(min(len(train), group * TIMED_STEPS))
+    few = Split(
+        train.inputs[rows],
+        train.targets.index(rows),
+        {name: extra[rows] for name, extra in train.extras.items()},
+    )
+    steps = -(-len(rows) // group)
+    brief = replace(
+        config,
+        max_epochs=-(-TIMED_STEPS // steps),
+        coverage_threshold=0.0,
+        restore_best=False,
+        nonfinite_budget=TIMED_STEPS,
+    )
+    clock = _PassClock()
+    try:
+        trainer = make_task_trainer(task, brief, seed, few, None, device=device, companions=[clock])
+        for _ in trainer.epochs():
+            pass
+    except Exception:  # of a task's own model or loss; the trial itself has ended well, and is kept
+        return NAN, NAN
+    step_ms = trainer.step_time_ms
+    if device.startswith("cuda"):
+        return step_ms, 0.0
+    passes_ms = config.gradient_accumulation_steps * median(
+        clock.passes_ms[WARM_UP_STEPS:] or clock.passes_ms[-1:] or [NAN]
+    )
+    return passes_ms, max(step_ms - passes_ms, 0.0)  # nan stays nan
+
+
+class _PassClock:
+    """A companion that times the forward and backward pass of every micro-batch."""
+
+    def __init__(self) -> None:
+        self.passes_ms: list[float] = []
+        self._begun = 0.0
+
+    def before_forward(self, moment: Moment) -> None:
+        """Begin."""
+        self._begun = time.perf_counter()
+
+    def after_backward(self, moment: Moment) -> None:
+        """End."""
+        self.passes_ms.append(1e3 * (time.perf_counter() - self._begun))
+
+
+# --- states that travel -------------------------------------------------------------------------------
+
+
+def split_state(state: Mapping[str, Any]) -> dict[str, LaneState]:
+    """Return the state of each running trial of a pack, by key."""
+    held = {name: item.numpy() for name, item in state["held"].items()}
+    states = {}
+    for place, lane in enumerate(state["lanes"]):
+        best = state["best"].get(lane["key"])
+        states[lane["key"]] = LaneState(
+            lane,
+            {name: item[place].copy() for name, item in held.items()},
+            {name: item.numpy() for name, item in state["optimizers"][place].items()},
+            None if best is None else best.numpy(),
+            0.0,
+        )
+    return states
+
+
+def joined_state(states: Sequence[LaneState]) -> dict[str, Any]:
+    """Return the state of a pack of these trials, wherever each of them was before."""
+    return {
+        "lanes": [state.lane for state in states],
+        "held": {
+            name: torch.from_numpy(np.stack([state.held[name] for state in states]))
+            for name in states[0].held
+        },
+        "optimizers": [
+            {name: torch.from_numpy(np.array(item)) for name, item in state.optimizer.items()}
+            for state in states
+        ],
+        "best": {
+            state.lane["key"]: torch.from_numpy(np.array(state.best))
+            for state in states
+            if state.best is not None
+        },
+        "waiting": [],
+    }
+
+
+def pack_folder(folder: Path) -> bytes:
+    """The files of a folder as bytes."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, arcname=path.name)
+    return packed.getvalue()
+
+
+def unpack_folder(packed: bytes, folder: Path) -> None:
+    """Write the files that `pack_folder` packed into a folder."""
+    with tarfile.open(fileobj=io.BytesIO(packed), mode="r") as archive:
+        archive.extractall(folder, filter="data")
