@@ -140,8 +140,8 @@ class TrialFunctions:
         config = self._lane_config(held)
         with torch.no_grad(), policies_disabled():
             outputs = self._run(parameters, held)
+            P, Q = _answers(outputs)
             loss = self._call(config, apart=False)(outputs, self._fed(held), self._facts(held, config))
-        P, Q = _answers(outputs)
         return {"loss": _total(loss), "P": P, "Q": Q}
 
     def answer(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,13 +164,13 @@ class TrialFunctions:
             weight = control_weight(held, config, ramped=self.form.ramped)
             weights = moment.facts["loss_weights"] or {}
             moment.facts["loss_weights"] = {**weights, "rejection": weight}
-        raw = moment.outputs = self._run(parameters, held)
+        moment.outputs = self._run(parameters, held)
+        P, Q = _answers(moment.outputs)
         _meet("after_forward", companions, moment)
         apart = any(getattr(companion, "needs_terms", False) for _, companion in companions)
         loss = self._call(config, apart=apart)(moment.outputs, moment.fed, moment.facts)
         moment.terms = loss if isinstance(loss, LossTerms) else LossTerms(loss)
         _meet("after_loss", companions, moment)
-        P, Q = _answers(raw)
         beside = {"P": P, "Q": Q}
         if self.controlled:
             beside["control.state"] = controlled(moment, held, self.config.coverage_control, config)

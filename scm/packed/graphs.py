@@ -388,6 +388,15 @@ def is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _PURE_VIEWS
 
 
+def is_zeros(node: fx.Node) -> bool:
+    """Say whether the node's value is surely 0 everywhere, whatever the inputs are."""
+    return node.op == "call_function" and node.target in (
+        aten.zeros_like.default,
+        aten.new_zeros.default,
+        aten.zeros.default,
+    )
+
+
 def _may_be_view(node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:

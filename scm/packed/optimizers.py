@@ -238,7 +238,7 @@ class RMSprop:
             taken = taken[:, None]
             gradients = torch.where(taken, gradients, 0.0)
             rates = torch.where(taken, rates, 0.0)
-            keep = torch.where(taken, SMOOTHING, 1.0).to(weights.dtype)
+            keep = torch.where(taken, torch.full_like(rates, SMOOTHING), 1.0)
         if self._decays:
             gradients = torch.addcmul(gradients, weights, self._decay)
         if isinstance(keep, float):

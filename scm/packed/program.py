@@ -22,6 +22,7 @@ from scm.packed.graphs import (
     attribute,
     free_lanes,
     is_view,
+    is_zeros,
     join_results,
     plan_buffers,
     quicken,
@@ -200,8 +201,8 @@ def _why(error: Exception) -> str:
         return "its control flow depends on the values of tensors"
     if "randomness" in text:
         return "it draws random numbers"
-    if "in-place" in text or "inplace" in text:
-        return "it changes tensors in place that are not a trial's own"
+    if "in-place" in text or "inplace" in text or "match the broadcast shape" in text:
+        return "it changes tensors in place, as running statistics are changed"
     return f"{type(error).__name__}: {text[:200]}"
 
 
@@ -218,7 +219,7 @@ def _check_pure(graph: fx.Graph) -> None:
         if any(word in name for word in _RANDOM):
             raise ProgramError(f"it draws random numbers ({name})")
         if node.target._schema.is_mutable:
-            raise ProgramError(f"it changes tensors in place ({name})")
+            raise ProgramError(f"it changes tensors in place, as running statistics are changed ({name})")
 
 
 def _check_agrees(program: Program, function: PerTrial, example: Mapping[str, Tensor]) -> None:
@@ -273,7 +274,7 @@ class _Parts:
         made = next(node for node in traced.graph.nodes if node.op == "output").args[0]
         results = dict(zip(names.outputs, made, strict=True))
         for name in names.joined:
-            if when[results[name]] < Known.STEP:
+            if when[results[name]] < Known.STEP or is_zeros(results[name]):
                 raise ProgramError(f"its output {name!r} depends on nothing that a step changes")
 
         late = {node for node, moment in when.items() if moment is Known.STEP}
