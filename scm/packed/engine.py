@@ -248,7 +248,7 @@ class PackedTrainer:
 
     def _share(self, entrant: Entrant) -> None:
         """Take from the first trial what is equal in all of them."""
-        shared = self._shared = Shared(entrant, self.device)
+        shared = self._shared = Shared(entrant, self.device, compiled=self._compiled)
         model, still = (build_first_model(entrant.trial, self._build_model) for _ in range(2))
         self._traced = TracedPack(
             shared, model, still, self._loss_of, self._programs, compiled=self._compiled

@@ -1,8 +1,8 @@
 """Optimizers of many models at once: one row of weights a trial, and a trial's own settings for each row.
 
 Every rule is torch's own. On the CPU each row goes through the fused kernel that `torch.optim` calls, which
-costs least there; on other devices all rows take one step in a few operations, and nothing waits. What a
-learning rate is in which epoch, and which trial takes a step at all, is decided by the caller.
+costs least there without a compiler; else all rows take one step in a few operations, and nothing waits.
+What a learning rate is in which epoch, and which trial takes a step at all, is decided by the caller.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,61 +42,167 @@ class RowOptimizer(Protocol):
         """
 
 
-class _Columns:
-    """Numbers a row as columns (rows, 1), in the dtype of the weights."""
-
-    def __init__(self, weights: Tensor) -> None:
-        self._like = {"dtype": weights.dtype, "device": weights.device}
-
-    def __call__(self, values: Tensor | Sequence[float]) -> Tensor:
-        if isinstance(values, Tensor):
-            return values.to(**self._like).unsqueeze(1)  # type: ignore[call-overload]
-        return torch.tensor(list(values), dtype=torch.float64).to(**self._like).unsqueeze(1)  # type: ignore[call-overload]
+Rule = Callable[..., None]
+"""A step of all rows at once, in place: of tensors and plain flags, so that it may be compiled."""
 
 
-def _wide(values: Iterable[float], device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float64, device=device)
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """Return one number a row, (rows,) float64, as a column in the dtype of the weights."""
+    return values.to(like.dtype).unsqueeze(1)
 
 
-class Adam:
+def adam_rows(
+    weights: Tensor,
+    gradients: Tensor,
+    first: Tensor,
+    second: Tensor,
+    steps: Tensor,
+    rates: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    decay: Tensor,
+    taken: Tensor | None,
+    *,
+    decoupled: bool,
+    decays: bool,
+) -> None:
+    """A step of Adam, or of AdamW (`decoupled`); what is said of a row is (rows,) float64.
+
+    In a row that is not `taken` the gradient counts as 0, the rate is 0 and nothing is forgotten.
+    """
+    gain1, gain2, keep2 = 1.0 - beta1, 1.0 - beta2, beta2
+    if taken is not None:
+        gradients = torch.where(taken[:, None], gradients, 0.0)
+        rates, gain1, gain2 = (torch.where(taken, item, 0.0) for item in (rates, gain1, gain2))
+        keep2 = torch.where(taken, keep2, 1.0)
+    steps += 1 if taken is None else taken
+    if decays and decoupled:
+        weights.mul_(_column(1.0 - rates * decay, weights))
+    elif decays:
+        gradients = torch.addcmul(gradients, weights, _column(decay, weights))
+    first.lerp_(gradients, _column(gain1, weights))
+    second.mul_(_column(keep2, weights)).addcmul_(gradients, gradients * _column(gain2, weights))
+    counted = steps.clamp(min=1).double()
+    size = rates / (1.0 - beta1**counted)
+    spread = (1.0 - beta2**counted).sqrt()
+    weights.sub_(first / (second.sqrt() / _column(spread, weights) + EPSILON) * _column(size, weights))
+
+
+def sgd_rows(
+    weights: Tensor,
+    gradients: Tensor,
+    velocity: Tensor | None,
+    steps: Tensor,
+    rates: Tensor,
+    momentum: Tensor,
+    nesterov: Tensor,
+    decay: Tensor,
+    taken: Tensor | None,
+    *,
+    decays: bool,
+) -> None:
+    """A step of gradient descent; `velocity` None: no row has momentum. nesterov: bool (rows,)."""
+    if taken is not None:
+        gradients = torch.where(taken[:, None], gradients, 0.0)
+        rates = torch.where(taken, rates, 0.0)
+    if decays:
+        gradients = torch.addcmul(gradients, weights, _column(decay, weights))
+    if velocity is not None:
+        kept = _column(momentum, weights)
+        moved = torch.where(steps[:, None] > 0, torch.addcmul(gradients, velocity, kept), gradients)
+        velocity.copy_(moved if taken is None else torch.where(taken[:, None], moved, velocity))
+        ahead = torch.where(nesterov[:, None], torch.addcmul(gradients, velocity, kept), velocity)
+        gradients = torch.where(kept > 0, ahead, gradients)
+    steps += 1 if taken is None else taken
+    weights.sub_(gradients * _column(rates, weights))
+
+
+def rmsprop_rows(
+    weights: Tensor,
+    gradients: Tensor,
+    square: Tensor,
+    velocity: Tensor | None,
+    rates: Tensor,
+    momentum: Tensor,
+    decay: Tensor,
+    taken: Tensor | None,
+    *,
+    decays: bool,
+) -> None:
+    """A step of RMSprop; `velocity` None: no row has momentum."""
+    if taken is not None:
+        gradients = torch.where(taken[:, None], gradients, 0.0)
+        rates = torch.where(taken, rates, 0.0)
+    if decays:
+        gradients = torch.addcmul(gradients, weights, _column(decay, weights))
+    if taken is None:
+        square.mul_(SMOOTHING).addcmul_(gradients, gradients, value=1.0 - SMOOTHING)
+    else:
+        moved = (square * SMOOTHING).addcmul_(gradients, gradients, value=1.0 - SMOOTHING)
+        square.copy_(torch.where(taken[:, None], moved, square))
+    ahead = gradients / (square.sqrt() + EPSILON)
+    if velocity is not None:
+        kept = _column(momentum, weights)
+        moved = torch.addcmul(ahead, velocity, kept)
+        velocity.copy_(moved if taken is None else torch.where(taken[:, None], moved, velocity))
+        ahead = torch.where(kept > 0, velocity, ahead)
+    weights.sub_(ahead * _column(rates, weights))
+
+
+class _RowOptimizer:
+    """What all of them hold: weights, state, and the numbers of each row by name, (rows,) float64."""
+
+    def __init__(
+        self, weights: Tensor, settings: Sequence[TrialConfig], way: Way, names: Sequence[str], rule: Rule
+    ) -> None:
+        self.weights = weights
+        self.state: State = {}
+        self._by_row = way.by_row
+        self._rule = _compiled(rule) if way.compiled else rule
+        self._numbers = {name: self._of_rows(getattr(item, name) for item in settings) for name in names}
+        self._decays = any(item.weight_decay for item in settings)
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Take the learning rates of the rows, until told others."""
+        self._rates = self._of_rows(rates)
+
+    def _of_rows(self, values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64, device=self.weights.device)
+
+    def _count(self, name: str = "steps") -> Tensor:
+        like = {"dtype": torch.float32, "device": self.weights.device}
+        return self.state.setdefault(name, torch.zeros(len(self.weights), **like))  # type: ignore[call-overload]
+
+    def _zeros(self, name: str) -> Tensor:
+        return self.state.setdefault(name, torch.zeros_like(self.weights))
+
+
+class Adam(_RowOptimizer):
     """Adam of many rows; `decoupled` is AdamW."""
 
     def __init__(
-        self, weights: Tensor, settings: Sequence[TrialConfig], *, decoupled: bool, by_row: bool | None = None
+        self, weights: Tensor, settings: Sequence[TrialConfig], way: Way, *, decoupled: bool
     ) -> None:
-        self.weights = weights
+        super().__init__(weights, settings, way, ("beta1", "beta2", "weight_decay"), adam_rows)
         self.decoupled = decoupled
-        self.by_row = weights.device.type == "cpu" if by_row is None else by_row
-        rows = len(weights)
-        self.state: State = {
-            "first": torch.zeros(weights.shape, dtype=weights.dtype, device=weights.device),
-            "second": torch.zeros(weights.shape, dtype=weights.dtype, device=weights.device),
-            "steps": torch.zeros(rows, dtype=torch.float32, device=weights.device),
-        }
+        self._first, self._second, self._steps = self._zeros("first"), self._zeros("second"), self._count()
         self._kernel: Callable[..., Any] = torch._fused_adamw_ if decoupled else torch._fused_adam_
         self._settings = [(item.beta1, item.beta2, item.weight_decay) for item in settings]
         self._calls = _RowCalls(weights, self._call)
-        if not self.by_row:
-            column = _Columns(weights)
-            beta1, beta2, decay = zip(*self._settings, strict=True)
-            self._beta1, self._beta2, self._decay = column(beta1), column(beta2), column(decay)
-            self._wide_betas = _wide(beta1, weights.device), _wide(beta2, weights.device)
-            self._decays = any(decay)
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        if self.by_row:
-            kinds = [(rate, *own) for rate, own in zip(rates, self._settings, strict=True)]
-            self._calls.sort(kinds)
-            return
-        self._rates = _wide(rates, self.weights.device)
+        super().set_rates(rates)
+        self._calls.sort([(rate, *own) for rate, own in zip(rates, self._settings, strict=True)])
 
     def step(self, gradients: Tensor, taken: Tensor | None = None) -> None:
-        if not self.by_row:
-            self._step_together(gradients, taken)
+        first, second, steps = self._first, self._second, self._steps
+        if self._by_row:
+            steps += 1 if taken is None else taken
+            self._calls.make((gradients, first, second, steps), taken)
             return
-        steps = self.state["steps"]
-        steps += 1 if taken is None else taken
-        self._calls.make((gradients, self.state["first"], self.state["second"], steps), taken)
+        beta1, beta2, decay = self._numbers.values()
+        told = (self.weights, gradients, first, second, steps, self._rates, beta1, beta2, decay, taken)
+        self._rule(*told, decoupled=self.decoupled, decays=self._decays)
 
     def _call(
         self,
@@ -108,73 +214,41 @@ class Adam:
         steps: list[Tensor],
     ) -> Callable[[], Any]:
         rate, beta1, beta2, decay = kind
-        told = {"lr": rate, "beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": EPSILON}
         none: list[Tensor] = []
         matrices = (weights, gradients, first, second, none, steps)
+        told = {"lr": rate, "beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": EPSILON}
         return functools.partial(self._kernel, *matrices, **told, amsgrad=False, maximize=False)
 
-    def _step_together(self, gradients: Tensor, taken: Tensor | None) -> None:
-        weights, first, second, steps = self.weights, *self.state.values()
-        column = _Columns(weights)
-        rates, keep1, keep2 = self._rates, self._beta1, self._beta2
-        if taken is not None:
-            # A row that stays where it is has a gradient of 0, a rate of 0 and forgets nothing.
-            gradients = torch.where(taken[:, None], gradients, 0.0)
-            rates = torch.where(taken, rates, 0.0)
-            keep1 = torch.where(taken[:, None], keep1, 1.0)
-            keep2 = torch.where(taken[:, None], keep2, 1.0)
-        steps += 1 if taken is None else taken
-        if self._decays and self.decoupled:
-            weights.mul_(1.0 - column(rates) * self._decay)
-        elif self._decays:
-            gradients = torch.addcmul(gradients, weights, self._decay)
-        first.lerp_(gradients, 1.0 - keep1)
-        second.mul_(keep2).addcmul_(gradients, gradients * (1.0 - keep2))
-        counted = steps.clamp(min=1).double()
-        beta1, beta2 = self._wide_betas
-        size = rates / (1.0 - beta1**counted)
-        spread = (1.0 - beta2**counted).sqrt()
-        weights.sub_(first / (second.sqrt() / column(spread) + EPSILON) * column(size))
 
-
-class SGD:
+class SGD(_RowOptimizer):
     """Stochastic gradient descent of many rows, with momentum (also Nesterov's) where a row has any."""
 
-    def __init__(
-        self, weights: Tensor, settings: Sequence[TrialConfig], *, by_row: bool | None = None
-    ) -> None:
-        self.weights = weights
-        self.by_row = weights.device.type == "cpu" if by_row is None else by_row
+    def __init__(self, weights: Tensor, settings: Sequence[TrialConfig], way: Way) -> None:
+        super().__init__(weights, settings, way, ("momentum", "weight_decay"), sgd_rows)
         self._settings = [(item.momentum, item.weight_decay, item.nesterov) for item in settings]
-        momentum, decay, nesterov = zip(*self._settings, strict=True)
-        self._has_momentum, self._decays = any(momentum), any(decay)
-        self.state: State = {"steps": torch.zeros(len(weights), dtype=torch.float32, device=weights.device)}
-        if self._has_momentum:
-            self.state["velocity"] = torch.zeros(weights.shape, dtype=weights.dtype, device=weights.device)
+        self._steps = self._count()
+        self._velocity = self._zeros("velocity") if any(item.momentum for item in settings) else None
+        self._nesterov = torch.tensor([item.nesterov for item in settings], device=weights.device)
         self._calls = _RowCalls(weights, self._call)
-        if not self.by_row:
-            column = _Columns(weights)
-            self._momentum, self._decay = column(momentum), column(decay)
-            self._nesterov = torch.tensor(nesterov, device=weights.device)[:, None]
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        if self.by_row:
-            self._kinds = [(rate, *own) for rate, own in zip(rates, self._settings, strict=True)]
-            self._begun: list[bool] | None = None
-            return
-        self._rates = _wide(rates, self.weights.device)
+        super().set_rates(rates)
+        self._kinds = [(rate, *own) for rate, own in zip(rates, self._settings, strict=True)]
+        self._begun: list[bool] = []
 
     def step(self, gradients: Tensor, taken: Tensor | None = None) -> None:
-        steps = self.state["steps"]
-        if not self.by_row:
-            self._step_together(gradients, taken)
+        velocity, steps = self._velocity, self._steps
+        if self._by_row:
+            if not self._begun or not all(self._begun):  # the first step of a row begins its velocity
+                self._begun = (steps > 0).tolist()
+                kinds = zip(self._kinds, self._begun, strict=True)
+                self._calls.sort([(*kind, begun) for kind, begun in kinds])
+            steps += 1 if taken is None else taken
+            self._calls.make((gradients, gradients if velocity is None else velocity), taken)
             return
-        if self._begun is None or not all(self._begun):  # the first step of a row begins its velocity
-            self._begun = (steps > 0).tolist()
-            kinds = zip(self._kinds, self._begun, strict=True)
-            self._calls.sort([(*kind, begun) for kind, begun in kinds])
-        steps += 1 if taken is None else taken
-        self._calls.make((gradients, self.state.get("velocity", gradients)), taken)
+        momentum, decay = self._numbers.values()
+        told = (self.weights, gradients, velocity, steps, self._rates, momentum, self._nesterov, decay)
+        self._rule(*told, taken, decays=self._decays)
 
     def _call(
         self,
@@ -189,69 +263,37 @@ class SGD:
         plain = {"dampening": 0.0, "maximize": False, "is_first_step": not begun}
         return functools.partial(torch._fused_sgd_, *matrices, **told, **plain)
 
-    def _step_together(self, gradients: Tensor, taken: Tensor | None) -> None:
-        weights, steps = self.weights, self.state["steps"]
-        rates = self._rates
-        if taken is not None:
-            gradients = torch.where(taken[:, None], gradients, 0.0)
-            rates = torch.where(taken, rates, 0.0)
-        if self._decays:
-            gradients = torch.addcmul(gradients, weights, self._decay)
-        if self._has_momentum:
-            velocity = self.state["velocity"]
-            moved = torch.addcmul(gradients, velocity, self._momentum)
-            moved = torch.where(steps[:, None] > 0, moved, gradients)
-            if taken is not None:
-                moved = torch.where(taken[:, None], moved, velocity)
-            velocity.copy_(moved)
-            ahead = torch.addcmul(gradients, velocity, self._momentum)
-            with_velocity = torch.where(self._nesterov, ahead, velocity)
-            gradients = torch.where(self._momentum > 0, with_velocity, gradients)
-        steps += 1 if taken is None else taken
-        weights.sub_(gradients * _Columns(weights)(rates))
 
-
-class RMSprop:
+class RMSprop(_RowOptimizer):
     """RMSprop of many rows, with momentum where a row has any; torch has no fused kernel of it."""
 
-    def __init__(
-        self, weights: Tensor, settings: Sequence[TrialConfig], *, by_row: bool | None = None
-    ) -> None:
-        self.weights = weights
-        column = _Columns(weights)
-        self._momentum = column([item.momentum for item in settings])
-        self._decay = column([item.weight_decay for item in settings])
-        self._has_momentum = any(item.momentum for item in settings)
-        self._decays = any(item.weight_decay for item in settings)
-        self.state: State = {"square": torch.zeros(weights.shape, dtype=weights.dtype, device=weights.device)}
-        if self._has_momentum:
-            self.state["velocity"] = torch.zeros_like(self.state["square"])
-
-    def set_rates(self, rates: Sequence[float]) -> None:
-        self._rates = _Columns(self.weights)(rates)
+    def __init__(self, weights: Tensor, settings: Sequence[TrialConfig], way: Way) -> None:
+        super().__init__(weights, settings, way, ("momentum", "weight_decay"), rmsprop_rows)
+        self._square = self._zeros("square")
+        self._velocity = self._zeros("velocity") if any(item.momentum for item in settings) else None
 
     def step(self, gradients: Tensor, taken: Tensor | None = None) -> None:
-        weights, square, rates = self.weights, self.state["square"], self._rates
-        keep: Tensor | float = SMOOTHING
-        momentum = self._momentum
-        if taken is not None:
-            taken = taken[:, None]
-            gradients = torch.where(taken, gradients, 0.0)
-            rates = torch.where(taken, rates, 0.0)
-            keep = torch.where(taken, torch.full_like(rates, SMOOTHING), 1.0)
-        if self._decays:
-            gradients = torch.addcmul(gradients, weights, self._decay)
-        if isinstance(keep, float):
-            square.mul_(keep).addcmul_(gradients, gradients, value=1.0 - keep)
-        else:
-            square.mul_(keep).addcmul_(gradients, gradients * (1.0 - keep))
-        ahead = gradients / (square.sqrt() + EPSILON)
-        if self._has_momentum:
-            velocity = self.state["velocity"]
-            moved = torch.addcmul(ahead, velocity, momentum)
-            velocity.copy_(moved if taken is None else torch.where(taken, moved, velocity))
-            ahead = torch.where(momentum > 0, velocity, ahead)
-        weights.sub_(ahead * rates)
+        momentum, decay = self._numbers.values()
+        told = (self.weights, gradients, self._square, self._velocity, self._rates, momentum, decay, taken)
+        self._rule(*told, decays=self._decays)
+
+
+class Way(NamedTuple):
+    """How steps are taken: row by row through torch's fused kernels, or all at once, perhaps compiled."""
+
+    by_row: bool
+    compiled: bool = False
+
+
+def usual_way(device: torch.device, *, compiled: bool = False) -> Way:
+    """Return the way that costs least on a device."""
+    return Way(by_row=device.type == "cpu" and not compiled, compiled=compiled)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(rule: Rule) -> Rule:
+    made: Rule = torch.compile(rule, dynamic=True)
+    return made
 
 
 class _RowCalls:
@@ -295,29 +337,21 @@ class _RowCalls:
         return self._call(kind, *([held[row] for row in rows] for held in self._rows))
 
 
-def _adam(weights: Tensor, settings: Sequence[TrialConfig], by_row: bool | None) -> RowOptimizer:
-    return Adam(weights, settings, decoupled=False, by_row=by_row)
+def _adam(weights: Tensor, settings: Sequence[TrialConfig], way: Way) -> RowOptimizer:
+    return Adam(weights, settings, way, decoupled=False)
 
 
-def _adamw(weights: Tensor, settings: Sequence[TrialConfig], by_row: bool | None) -> RowOptimizer:
-    return Adam(weights, settings, decoupled=True, by_row=by_row)
+def _adamw(weights: Tensor, settings: Sequence[TrialConfig], way: Way) -> RowOptimizer:
+    return Adam(weights, settings, way, decoupled=True)
 
 
-def _sgd(weights: Tensor, settings: Sequence[TrialConfig], by_row: bool | None) -> RowOptimizer:
-    return SGD(weights, settings, by_row=by_row)
-
-
-def _rmsprop(weights: Tensor, settings: Sequence[TrialConfig], by_row: bool | None) -> RowOptimizer:
-    return RMSprop(weights, settings, by_row=by_row)
-
-
-ROW_OPTIMIZERS: Mapping[str, Callable[[Tensor, Sequence[TrialConfig], bool | None], RowOptimizer]] = {
+ROW_OPTIMIZERS: Mapping[str, Callable[[Tensor, Sequence[TrialConfig], Way], RowOptimizer]] = {
     "adam": _adam,
     "adamw": _adamw,
-    "sgd": _sgd,
-    "rmsprop": _rmsprop,
+    "sgd": SGD,
+    "rmsprop": RMSprop,
 }
-"""By the config's word: the weights of rows, their settings, and whether rows are stepped one by one."""
+"""By the config's word: the optimizer of rows with these settings, and how it takes its steps."""
 
 
 class PackOptimizer:
@@ -331,15 +365,15 @@ class PackOptimizer:
         weights: Tensor,
         settings: Sequence[TrialConfig],
         states: Sequence[State],
-        *,
-        by_row: bool | None = None,
+        way: Way | None = None,
     ) -> None:
+        way = usual_way(weights.device) if way is None else way
         self._runs: list[tuple[slice, RowOptimizer]] = []
         start = 0
         for kind, run in itertools.groupby(settings, key=lambda item: item.optimizer):
             own = list(run)
             where = slice(start, start + len(own))
-            made = ROW_OPTIMIZERS[kind](weights[where], own, by_row)
+            made = ROW_OPTIMIZERS[kind](weights[where], own, way)
             for row, state in enumerate(states[where]):
                 for name, held in state.items():
                     if name in made.state:

@@ -22,7 +22,7 @@ from scm.packed.eligibility import IN_LOSS
 from scm.packed.functions import WEIGHTS, Form
 from scm.packed.gradients import FiniteProbe
 from scm.packed.lanes import Entrant, Lane
-from scm.packed.optimizers import PackOptimizer, State
+from scm.packed.optimizers import PackOptimizer, State, usual_way
 from scm.packed.stack import Layout
 from scm.trial_config import TrialConfig
 
@@ -34,11 +34,12 @@ and steps taken."""
 class Shared:
     """What is equal in all trials of a pack, taken from the first: `config` stands for all of them there."""
 
-    def __init__(self, entrant: Entrant, device: torch.device) -> None:
+    def __init__(self, entrant: Entrant, device: torch.device, *, compiled: bool = False) -> None:
         self.config = entrant.trial.config
         self.signature = entrant.signature
         self.layout = Layout(entrant.model)
         self.device = device
+        self.way = usual_way(device, compiled=compiled)
         self.rows = len(entrant.splits["train"])
         self.micro_batches = -(-self.rows // self.config.batch_size)
         self.validates = entrant.splits.get("val") is not None
@@ -68,7 +69,8 @@ class Seats:
         self.held = {name: item.index_select(0, where) for name, item in held.items()}
         self.configs = [lane.config for lane in self.lanes]
         weights = self.weights
-        self.optimizer = PackOptimizer(weights, self.configs, [states[place] for place in order])
+        held_states = [states[place] for place in order]
+        self.optimizer = PackOptimizer(weights, self.configs, held_states, shared.way)
         self.gradients = torch.empty_like(weights)
         accumulates = shared.config.gradient_accumulation_steps > 1
         self.spare = torch.empty_like(weights) if accumulates else None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from scm.packed.gradients import FiniteProbe, clip_rows, is_finite
-from scm.packed.optimizers import ROW_OPTIMIZERS, PackOptimizer
+from scm.packed.optimizers import ROW_OPTIMIZERS, PackOptimizer, Way
 from scm.training.guard import StepGuard
 from scm.trial import make_optimizer
 from scm.trial_config import TrialConfig
@@ -69,7 +69,7 @@ def all_rows(
     by_row: bool,
 ) -> Tensor:
     weights = first.clone()
-    optimizer = PackOptimizer(weights, configs, [{} for _ in configs], by_row=by_row)
+    optimizer = PackOptimizer(weights, configs, [{} for _ in configs], Way(by_row))
     for step in range(STEPS):
         optimizer.set_rates([own[step] for own in rates])
         took = None if taken is None else torch.tensor([own[step] for own in taken])
@@ -148,7 +148,7 @@ def test_rows_keep_what_they_remember_when_they_move(by_row):
     right = all_rows(configs, first, gradients, [[0.1] * STEPS] * len(configs), None, by_row)
 
     weights = first.clone()
-    optimizer = PackOptimizer(weights, configs, [{} for _ in configs], by_row=by_row)
+    optimizer = PackOptimizer(weights, configs, [{} for _ in configs], Way(by_row))
     optimizer.set_rates([0.1] * len(configs))
     for step in range(3):
         optimizer.step(gradients[:, step].clone())
@@ -156,7 +156,7 @@ def test_rows_keep_what_they_remember_when_they_move(by_row):
     moved = weights[order]
     states = optimizer.states()
     optimizer = PackOptimizer(
-        moved, [configs[row] for row in order], [states[row] for row in order], by_row=by_row
+        moved, [configs[row] for row in order], [states[row] for row in order], Way(by_row)
     )
     optimizer.set_rates([0.1] * len(configs))
     for step in range(3, STEPS):
