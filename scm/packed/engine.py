@@ -303,6 +303,7 @@ class PackedTrainer:
                 said = said._replace(status=lane.status)
             judged.append(said)
         self._restore_best(seats)
+        seats.looks = self.device.type == "cpu" or seats.must_look()
         return PackEpoch(self.keys, judged, step_ms)
 
     def _begin_states(self, seats: Seats) -> None:
@@ -430,8 +431,9 @@ class PackedTrainer:
         held["steps"] += taken
         skips = held["loss_skips"] + held["gradient_skips"]
         seats.alive = alive & (skips <= seats.budgets) & (held["streak"] < seats.streak_limits)
-        if self.device.type == "cpu":
+        if seats.looks:
             self._find_origins(seats, bad, group)
+        if self.device.type == "cpu":
             seats.masked = bool((~seats.alive | (held["streak"] > 0)).any())
         if seats.clips:
             clip_rows(seats.gradients, seats.clip_limits)

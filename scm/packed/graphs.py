@@ -50,11 +50,11 @@ def simplify(module: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
 
 
-def _same_form(node: fx.Node, other: fx.Node) -> bool:
+def _same_form(node: fx.Node, other: fx.Node, *, anywhere: bool = False) -> bool:
     one, two = meta_of(node), meta_of(other)
     if not isinstance(one, Tensor) or not isinstance(two, Tensor):
         return False
-    return one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
+    return one.shape == two.shape and one.dtype == two.dtype and (anywhere or one.device == two.device)
 
 
 _VIEWS = (
@@ -69,6 +69,9 @@ _VIEWS = (
 )
 
 
+_COPIES = (aten._to_copy.default, aten.clone.default)
+
+
 def _equivalent(node: fx.Node) -> fx.Node | None:
     """Return another node with the very value of this one, None where there is none."""
     target, arguments = node.target, node.args
@@ -79,6 +82,8 @@ def _equivalent(node: fx.Node) -> fx.Node | None:
         return None
     if target in _VIEWS and _same_form(node, source):
         return source
+    if target in _COPIES and _same_form(node, source, anywhere=True):
+        return source  # what would be taken to the host stays, and nothing waits for it
     if target in (aten.mul.Scalar, aten.mul.Tensor, aten.div.Tensor) and len(arguments) == 2:
         other = arguments[1]
         if target is not aten.div.Tensor and isinstance(other, fx.Node):

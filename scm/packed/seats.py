@@ -135,7 +135,14 @@ class Seats:
         self.high = torch.tensor([item.tau_train_max for item in self.configs], dtype=torch.float64)
         self.draws_tau = bool((self.low < self.high).any())
         # On the CPU a look is free: while all is well, nothing is masked.
-        self.masked = self.shared.device.type != "cpu" or bool((self.held["streak"] > 0).any())
+        on_cpu = self.shared.device.type == "cpu"
+        self.masked = not on_cpu or bool((self.held["streak"] > 0).any())
+        # Elsewhere nobody looks, until a trial had a bad step and nobody saw where it came from.
+        self.looks = on_cpu or self.must_look()
+
+    def must_look(self) -> bool:
+        """Say whether the origin of a bad step is still to be found."""
+        return any(lane.skipped_steps and not lane.nan_origin for lane in self.lanes)
 
 
 def first_rows(entrant: Entrant, layout: Layout) -> dict[str, Tensor]:
