@@ -14,8 +14,9 @@ import torch
 from ray import tune
 
 from harness.jobs import HALVED, Report
+from trainables.loading import load_task
 from trainables.packed_trial import Member, PackRun, Shelf, Told
-from trainables.ray_trainable import load_task, place_of_trial, thread_share
+from trainables.ray_trainable import place_of_trial, thread_share
 
 REPORT_EVERY_S = 2.0
 

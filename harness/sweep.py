@@ -121,7 +121,7 @@ def check_data(plan: Plan) -> tuple[dict[int, str], int]:
 
     What the task raises becomes a `UserError`.
     """
-    from trainables.ray_trainable import load_task
+    from trainables.loading import load_task
 
     digests, rows = {}, 0
     for seed in plan.seeds:

@@ -12,7 +12,8 @@ import torch
 from ray.tune import PlacementGroupFactory
 
 from trainables import ray_trainable
-from trainables.ray_trainable import SCMTrainable, load_task
+from trainables.loading import load_task
+from trainables.ray_trainable import SCMTrainable
 from trainables.tasks.registry import make_task
 from trainables.trial import HISTORY_KEYS, DeviceError, run_trial
 
