@@ -26,8 +26,9 @@ from torch import Tensor
 
 from scm.data import Split
 from scm.packed.eligibility import IN_LOSS, OWN
-from scm.packed.engine import PackedTrainer, PackEpoch, Programs
+from scm.packed.engine import PackedTrainer, Programs
 from scm.packed.lanes import Entrant, NotPackable, PackTrial, look_at
+from scm.packed.reports import PackEpoch
 from scm.training.bench import WARM_UP_STEPS
 from scm.training.companion import Moment
 from scm.trial import Decoded
