@@ -1,0 +1,883 @@
+"""Time whole sweeps: packs against trials alone, and against Ray Tune around zeroproofml's trainer.
+
+All on one machine in one run, on data/gbsg2.csv (five covariates, censored times are bottoms): a ReLU network
+5-64-64-2, Adam, batches of 32, 20 epochs, each epoch validated; learning rate, beta1 and two loss weights
+differ from config to config. Every arm is a process of its own, timed from its start to its end.
+
+    throughput  configs per second on 1,024 configs of
+                  usual  the peer's usual way: a function trainable, its SCMTrainer fed by a DataLoader
+                  best   the peer's best way: a class trainable, actors reused, batches by indexing, targets
+                         lifted once, the fused optimizer, no log files
+                  alone  `scm-harness sweep` with `packs: {size: 1}`
+                  packs  `scm-harness sweep` as it is
+                Packs train all 1,024. The others train a few, which are extended to 1,024 at the rate of
+                their second half. Targets for packs: 100 times the usual way, 25 times the best (50 is what
+                we would like), 15 times trials alone; on a GPU, 8,192 configs in packs of 4,096, 300 times
+                the best way there. The best way trains configs that packs train as well, from the same
+                weights in the same order; validation loss and coverage of its trials and of all other
+                trials of packs must be distributed alike (Kolmogorov-Smirnov, alpha 0.01 each). The losses
+                are the same formula on both sides, and one threshold of 0.1 serves training, validation and
+                inference.
+    limit       the time of a pack's step over that of its matrix products alone (torch.bmm at the same
+                shapes, forward and backward, in the same process; one thread), for batches of 32, 128 and 512
+                and packs of 1 to 1,024. Target on a CPU: at most 2.0 from 32 trials on (1.5 is what we would
+                like), eager and compiled; sweeps run eager.
+    scale       sweeps of 64 to 8,192 configs. Targets: time per config beyond a smaller sweep's, worker
+                start apart, within 20 % of each other; peak memory of the driver grows by less than 2 kB,
+                the run folder by less than 5 kB a config. The quick sizes are too small for the first two.
+
+    python benchmarks/sweep_throughput.py --quick     under three minutes on two cores
+    python benchmarks/sweep_throughput.py
+
+Exit code 0 when all targets are met, 1 when one is missed, 2 when something cannot be measured: zeroproofml
+is not installed, the device is not there, or an arm failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from scipy import stats
+from torch import Tensor, nn
+
+from harness.plan import load_plan
+from harness.sweep import run_sweep
+from reports.rows import read_rows
+from scm.data import Split
+from scm.models import make_model
+from scm.packed import PackedTrainer, PackTrial
+from scm.seeding import generator, seeded_init
+from scm.training.targets import STATUSES, lift_semantic_targets
+from scm.trial_config import TrialConfig
+from trainables.tasks.table import make_table_task
+
+ROOT = Path(__file__).parents[1]
+SEED = 0  # of every trial: weights, order of the rows
+BATCH_SIZE, EPOCHS, TAU = 32, 20, 0.1
+SHAPE = (5, 64, 64, 2)
+TOTALS = {"cpu": 1024, "cuda": 8192}
+ALPHA = 0.01
+KS_OF = ("val_loss", "coverage")
+
+TASK: dict[str, Any] = {
+    "name": "table",
+    "data": str(ROOT / "data" / "gbsg2.csv"),
+    "inputs": ["age", "tsize", "pnodes", "progrec", "estrec"],
+    "target": "time",
+    "status": {"column": "cens", "values": {"1": "finite", "0": "censored_above"}},
+}
+FIXED: dict[str, Any] = {
+    "max_epochs": EPOCHS,
+    "batch_size": BATCH_SIZE,
+    "optimizer": "adam",
+    # What zeroproofml's objective does: its fit term, its coverage term, and tuples as the layer gives them.
+    "fit": "implicit",
+    "coverage_term": "hard",
+    "tuple_norm": "none",
+    "tau_train_min": TAU,
+    "tau_train_max": TAU,
+    "tau_infer": TAU,
+}
+DOMAINS: dict[str, Any] = {
+    "learning_rate": {"type": "float", "low": 3e-4, "high": 1e-2, "log": True},
+    "beta1": {"type": "float", "low": 0.8, "high": 0.95},
+    "lambda_margin": {"type": "float", "low": 0.01, "high": 1.0, "log": True},
+    "lambda_sign": {"type": "float", "low": 0.1, "high": 3.0, "log": True},
+}
+Config = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much is measured."""
+
+    usual: int
+    best: int
+    alone: int
+    limit: tuple[tuple[int, int], ...]  # batch size, trials
+    compiled: tuple[tuple[int, int], ...]
+    rounds: int
+    scale: tuple[int, ...]
+
+
+_PACKS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
+AMOUNTS = {
+    "quick": Amount(8, 64, 32, ((32, 32), (32, 128), (128, 32)), (), 5, (64, 512)),
+    "full": Amount(
+        64,
+        128,
+        128,
+        tuple(itertools.product((32, 128, 512), _PACKS)),
+        tuple(itertools.product((32, 128), (32, 128, 512))),
+        9,
+        (64, 512, 1024, 2048, 4096, 8192),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A measured number and the bound that it must keep."""
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the bound is kept; nan never keeps one."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        return f"{self.name}: {self.value:.3g} {sign} {self.limit:g} {'met' if self.met else 'MISSED'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one part of the benchmark found: its table, its numbers, its targets."""
+
+    lines: list[str]
+    numbers: dict[str, Any]
+    targets: list[Target] = field(default_factory=list)
+
+
+class NotMeasuredError(Exception):
+    """Something without which there is no number; the message says what."""
+
+
+# --- sweeps as processes --------------------------------------------------------------------------------
+
+
+def make_plan(configs: int, device: str, packs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values of a plan that trains so many configs; without `packs` it says nothing about them."""
+    plan: dict[str, Any] = {
+        "task": TASK,
+        "space": {"domains": DOMAINS},
+        "config": FIXED,
+        "search": {"algorithm": "random", "configs": configs},
+        "seeds": [SEED],
+    }
+    if packs is not None:
+        plan["packs"] = dict(packs)
+    if device == "cuda":
+        plan["resources"] = {"gpus_per_trial": 1}
+    return plan
+
+
+def run_process(arguments: Sequence[str], log: Path) -> float:
+    """Run a process of this Python to its end; return the seconds it took.
+
+    NotMeasuredError where it fails.
+    """
+    begun = time.perf_counter()
+    with log.open("w", encoding="utf-8") as said:
+        code = subprocess.run(
+            [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=said, check=False
+        ).returncode
+    if code != 0:
+        last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-3:]
+        raise NotMeasuredError(f"{' '.join(arguments[:3])} ... ended with {code}: {' / '.join(last)}")
+    return time.perf_counter() - begun
+
+
+def run_arm(arm: str, task: Mapping[str, Any], folder: Path) -> tuple[float, dict[str, Any]]:
+    """Run one of `ARMS` as a process; return its seconds and what it said."""
+    asked, said = folder / f"{arm}.asked.json", folder / f"{arm}.said.json"
+    asked.write_text(json.dumps(task), encoding="utf-8")
+    seconds = run_process([__file__, "--arm", arm, str(asked), str(said)], folder / f"{arm}.log")
+    return seconds, json.loads(said.read_text(encoding="utf-8"))
+
+
+def run_command(plan: Mapping[str, Any], name: str, folder: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Run `scm-harness sweep` as a user does; return its seconds and its rows, the earliest first."""
+    file, out = folder / f"{name}.yaml", folder / name
+    file.write_text(json.dumps(plan), encoding="utf-8")  # JSON is YAML
+    arguments = ["-m", "harness.cli", "sweep", str(file), "--out", str(out), "--top", "1"]
+    seconds = run_process(arguments, folder / f"{name}.log")
+    rows = sorted(read_rows(out).to_pylist(), key=lambda row: row["started_at"])
+    bad = [row for row in rows if row["status"] != "completed"]
+    if bad or len(rows) != plan["search"]["configs"]:
+        reason = bad[0]["error"] or bad[0]["stop_reason"] if bad else f"{len(rows)} rows"
+        raise NotMeasuredError(f"not every trial of {name} was trained to its end: {reason}")
+    return seconds, rows
+
+
+# --- the peer's two ways --------------------------------------------------------------------------------
+
+
+class PatternMLP(nn.Module):
+    """The peer's guides' model: P and Q are the two outputs of a ReLU network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = [nn.Linear(*pair) for pair in itertools.pairwise(SHAPE)]
+        self.layers = nn.Sequential(wide[0], nn.ReLU(), wide[1], nn.ReLU(), wide[2])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        P, Q = self.layers(x).unbind(dim=-1)
+        return P, Q
+
+
+@dataclass(frozen=True, slots=True)
+class PeerData:
+    """A split as the peer takes it: inputs, values, and a word a row."""
+
+    x: Tensor
+    y: Tensor
+    words: list[str]
+
+
+def peer_splits() -> dict[str, PeerData]:
+    """The same rows as a sweep trains and validates on."""
+    splits = make_table_task({key: value for key, value in TASK.items() if key != "name"}).splits(SEED)
+    made = {}
+    for name in ("train", "val"):
+        targets = splits[name].targets
+        y = torch.where(targets.mask_finite, targets.Y_n, 0.0)
+        words = [STATUSES[code] for code in splits[name].extras["status"].tolist()]
+        made[name] = PeerData(splits[name].inputs, y, words)
+    return made
+
+
+def peer_loss(config: Config) -> Callable[..., Tensor]:
+    """The peer's objective with a config's weights, with the masks that the statuses give."""
+    from zeroproofml.losses import LossConfig, SCMTrainingLoss, implicit_loss
+
+    weights = {"lambda_margin": config["lambda_margin"], "lambda_sign": config["lambda_sign"]}
+    stack = SCMTrainingLoss(LossConfig(tau_train=TAU, **weights))
+
+    def loss(outputs: Any, lifted: Any, *, tau: float, semantic_targets: Any) -> Tensor:
+        (P, Q), (Y_n, Y_d) = outputs, lifted
+        total, _ = stack(
+            implicit_loss(P, Q, Y_n, Y_d),
+            P,
+            Q,
+            Y_n,
+            Y_d,
+            is_bottom=Q.detach().abs() < tau,
+            mask_finite=semantic_targets.mask_finite,
+            mask_singular=semantic_targets.mask_bottom,
+            tau_train=tau,
+        )
+        return total
+
+    return loss
+
+
+def train_peer(
+    config: Config,
+    train: Any,
+    val: Any,
+    device: str,
+    *,
+    fused: bool = False,
+    hook: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, float]:
+    """Train a config with the peer's trainer; return its last validation."""
+    from zeroproofml.training import SCMTrainer, TrainingConfig
+
+    with seeded_init(SEED):
+        model = PatternMLP().to(device)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config["learning_rate"], betas=(config["beta1"], 0.999), fused=fused
+    )
+    settings = TrainingConfig(
+        max_epochs=EPOCHS,
+        tau_train_min=TAU,
+        tau_train_max=TAU,
+        tau_infer=TAU,
+        coverage_threshold=0.0,  # every trial trains all its epochs, as ours do
+        val_loader=val,
+        device=torch.device(device),
+        log_hook=hook,
+    )
+    trainer = SCMTrainer(model, optimizer, peer_loss(config), train, config=settings)
+    trainer.fit()
+    last = trainer.val_history[-1]
+    return {"val_loss": last["val_loss"], "coverage": last["val_coverage"]}
+
+
+class WordedRows(torch.utils.data.Dataset[tuple[Tensor, Tensor, str]]):
+    """Rows of (inputs, value, word), for a DataLoader."""
+
+    def __init__(self, data: PeerData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data.words)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, str]:
+        return self.data.x[row], self.data.y[row], self.data.words[row]
+
+
+def usual_trial(config: dict[str, Any], data: dict[str, PeerData], device: str) -> None:
+    """The usual function trainable: loaders, fit, a report an epoch."""
+
+    def hook(record: Mapping[str, Any]) -> None:
+        if record["phase"] == "eval":
+            tune.report({"val_loss": record["val_loss"], "coverage": record["val_coverage"]})
+
+    train = torch.utils.data.DataLoader(WordedRows(data["train"]), batch_size=BATCH_SIZE, shuffle=True)
+    val = torch.utils.data.DataLoader(WordedRows(data["val"]), batch_size=BATCH_SIZE)
+    train_peer(config["trial"], train, val, device, hook=hook)
+
+
+class IndexedBatches:
+    """Batches of lifted rows, in a new order each time: one gather an epoch, then views."""
+
+    def __init__(self, data: PeerData, device: str, batch_size: int, order: torch.Generator | None) -> None:
+        from zeroproofml.training import lift_semantic_targets as lift
+
+        lifted = lift(data.y, data.words)
+        self.kind = type(lifted)
+        held = (data.x, *(getattr(lifted, name) for name in self.kind.__dataclass_fields__))
+        self.columns = [column.to(device) for column in held]
+        self.batch_size, self.order = batch_size, order
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        columns = self.columns
+        if self.order is not None:
+            order = torch.randperm(len(columns[0]), generator=self.order).to(columns[0].device)
+            columns = [column[order] for column in columns]
+        for x, *targets in zip(*(column.split(self.batch_size) for column in columns), strict=True):
+            yield x, self.kind(*targets)
+
+
+class BestTrial(tune.Trainable):
+    """The best class trainable: its actor is reused, a trial is one step, data lie ready."""
+
+    def setup(self, config: dict[str, Any], data: dict[str, PeerData], device: str) -> None:
+        self.device = device
+        self.rows = IndexedBatches(data["train"], device, BATCH_SIZE, None)
+        self.held_out = IndexedBatches(data["val"], device, len(data["val"].words), None)
+        self.config = config
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.config = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        self.rows.order = generator(SEED, "order")
+        made = train_peer(self.config["trial"], self.rows, self.held_out, self.device, fused=True)
+        return {**made, "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: a trial is one step."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing: a trial is one step."""
+
+
+class Ends(tune.Callback):
+    """Notes when trials end."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.at.append(time.time())
+
+
+def run_peer(asked: Mapping[str, Any], trainable: Any, *, reuse: bool) -> dict[str, Any]:
+    """Run the configs with Tune on all cores; say when each ended, and what it came to."""
+    with tempfile.TemporaryDirectory(prefix="scm-") as scratch:
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=f"{scratch}/ray",
+        )
+        ends = Ends()
+        share = {"cpu": 1.0, "gpu": 1.0} if asked["device"] == "cuda" else {"cpu": 1.0}
+        with_data = tune.with_parameters(trainable, data=peer_splits(), device=asked["device"])
+        results = tune.Tuner(
+            tune.with_resources(with_data, share),
+            param_space={"trial": tune.grid_search(asked["configs"])},
+            tune_config=tune.TuneConfig(reuse_actors=reuse),
+            run_config=tune.RunConfig(storage_path=f"{scratch}/tune", callbacks=[ends], verbose=0),
+        ).fit()
+        if results.errors:
+            raise NotMeasuredError(f"a trial of the peer failed: {results.errors[0]}")
+        values = [
+            {name: result.metrics[name] for name in KS_OF}
+            for result in map(results.__getitem__, range(len(results)))
+        ]
+        ray.shutdown()
+    return {"ends": sorted(ends.at), "values": values}
+
+
+def run_usual(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The peer's usual way, with Tune's defaults."""
+    return run_peer(asked, usual_trial, reuse=False)
+
+
+def run_best(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The peer's best way, with nothing that Tune can leave out."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
+    return run_peer(asked, BestTrial, reuse=True)
+
+
+def run_sized(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep in this process, which is then its driver alone; says when it ended and its peak memory."""
+    run_sweep(load_plan(Path(asked["plan"])), Path(asked["out"]))
+    return {
+        "ended": time.time(),
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+ARMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "usual": run_usual,
+    "best": run_best,
+    "sized": run_sized,
+}
+
+
+# --- throughput -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How fast an arm is: the seconds for the `measured` configs, and for one more once it is under way.
+
+    more_s: None for an arm that trained all `total` of them.
+    """
+
+    arm: str
+    total: int
+    measured: int
+    wall_s: float
+    more_s: float | None = None
+
+    @property
+    def per_s(self) -> float:
+        """Configs per second when `total` are trained, the start of process and workers included."""
+        return self.total / (self.wall_s + (self.total - self.measured) * (self.more_s or 0.0))
+
+
+def extended_rate(arm: str, total: int, wall_s: float, stamps: Sequence[float]) -> Rate:
+    """Tell from the second half of an arm's configs how long one more takes.
+
+    stamps: a time for each config, ascending, of the same moment of each.
+    """
+    half = len(stamps) // 2
+    more_s = (stamps[-1] - stamps[half]) / (len(stamps) - 1 - half)
+    return Rate(arm, total, len(stamps), wall_s, more_s)
+
+
+def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
+    """Run the four arms, and compare what the peer's best way and packs came to."""
+    total = TOTALS[device]
+    say(f"packs: {total} configs")
+    packs = {"size": 4096} if device == "cuda" else None
+    wall_s, rows = run_command(make_plan(total, device, packs), "packs", folder)
+    packed = Rate("packs", total, total, wall_s)
+    configs = [{name: row[f"config.{name}"] for name in DOMAINS} for row in rows]
+
+    say(f"alone: {amount.alone} configs")
+    wall_s, alone_rows = run_command(make_plan(amount.alone, device, {"size": 1}), "alone", folder)
+    alone = extended_rate("alone", total, wall_s, [row["started_at"].timestamp() for row in alone_rows])
+    say(f"best: {amount.best} configs")
+    wall_s, said = run_arm("best", {"device": device, "configs": configs[: amount.best]}, folder)
+    best = extended_rate("best", total, wall_s, said["ends"])
+    say(f"usual: {amount.usual} configs")
+    wall_s, usual_said = run_arm("usual", {"device": device, "configs": configs[: amount.usual]}, folder)
+    usual = extended_rate("usual", total, wall_s, usual_said["ends"])
+
+    rates = [usual, best, alone, packed]
+    targets = [
+        Target(f"packs over {rate.arm}", packed.per_s / rate.per_s, limit, at_least=True)
+        for rate, limit in throughput_limits(device, usual, best, alone)
+    ]
+    alike = compare_outcomes(said["values"], rows)
+    targets += [
+        Target(f"Kolmogorov-Smirnov p of {name}", found["p"], ALPHA, at_least=True)
+        for name, found in alike.items()
+    ]
+    numbers = {
+        "rates": [{**asdict(rate), "per_s": rate.per_s} for rate in rates],
+        "packed_trials": sum(row["pack_id"] is not None for row in rows),
+        "alike": alike,
+    }
+    return Found([*render_rates(rates), "", *render_alike(alike)], numbers, targets)
+
+
+def throughput_limits(device: str, usual: Rate, best: Rate, alone: Rate) -> list[tuple[Rate, float]]:
+    """How many times faster than which arm packs must be."""
+    return [(best, 300.0)] if device == "cuda" else [(usual, 100.0), (best, 25.0), (alone, 15.0)]
+
+
+def compare_outcomes(
+    peer: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Test whether the peer's trials and those of packs with other configs came to the same.
+
+    peer: of the configs of the first rows. Their differences, config by config, are told beside.
+    """
+    alike = {}
+    for name in KS_OF:
+        own = [row[name] for row in rows]
+        theirs = [trial[name] for trial in peer]
+        tested = stats.ks_2samp(theirs, own[len(peer) :])
+        apart = [abs(one - other) for one, other in zip(theirs, own, strict=False)]
+        alike[name] = {
+            "p": float(tested.pvalue),
+            "distance": float(tested.statistic),
+            "median_peer": median(theirs),
+            "median_packs": median(own[len(peer) :]),
+            "median_apart": median(apart),
+        }
+    return alike
+
+
+def render_rates(rates: Sequence[Rate]) -> list[str]:
+    """The table of the arms."""
+    fastest = rates[-1]
+    lines = ["arm    measured   wall s  s one more  configs/s  packs are"]
+    for rate in rates:
+        more = "-" if rate.more_s is None else f"{rate.more_s:.4f}"
+        lines.append(
+            f"{rate.arm:6} {rate.measured:8} {rate.wall_s:8.1f} {more:>11} {rate.per_s:10.3g} "
+            f"{fastest.per_s / rate.per_s:8.1f}x"
+        )
+    return lines
+
+
+def render_alike(alike: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The table of the comparison of outcomes."""
+    lines = ["          KS distance       p  median best  median packs  apart (median)"]
+    for name, found in alike.items():
+        lines.append(
+            f"{name:9} {found['distance']:11.3f} {found['p']:7.3f} {found['median_peer']:12.4f} "
+            f"{found['median_packs']:13.4f} {found['median_apart']:15.2g}"
+        )
+    return lines
+
+
+# --- the physical limit ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A pack's step and its products, per trial in microseconds, each the least of the rounds."""
+
+    batch_size: int
+    trials: int
+    compiled: bool
+    step_us: float
+    products_us: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as its products a step takes."""
+        return self.step_us / self.products_us
+
+
+class Products:
+    """The matrix products of one step of a pack: three forward, three for weights, two for inputs."""
+
+    def __init__(self, trials: int, rows: int, device: str) -> None:
+        made = torch.Generator(device=device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(trials, *shape, generator=made, device=device)
+
+        pairs = list(itertools.pairwise(SHAPE))
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        for place, (wide, out) in enumerate(pairs):
+            x, weight, slope = draw(rows, wide), draw(out, wide), draw(rows, out)
+            self._add(x, weight.transpose(1, 2))
+            self._add(slope.transpose(1, 2), x)
+            if place > 0:
+                self._add(slope, weight)
+
+    def _add(self, one: Tensor, other: Tensor) -> None:
+        self.steps.append((one, other, torch.bmm(one, other)))
+
+    def run(self) -> None:
+        """Compute them once, into memory that is there."""
+        for one, other, out in self.steps:
+            torch.bmm(one, other, out=out)
+
+
+def measure_limit(amount: Amount, device: str, folder: Path) -> Found:
+    """Time packs of synthetic rows against their products."""
+    del folder
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a sweep's workers have it
+    try:
+        programs: dict[Any, Any] = {}
+        steps = [time_pack(*case, device, amount.rounds, programs, compiled=False) for case in amount.limit]
+        if can_compile(device):
+            steps += [
+                time_pack(*case, device, amount.rounds, programs, compiled=True) for case in amount.compiled
+            ]
+    finally:
+        torch.set_num_threads(before)
+    targets = []
+    for compiled in (False, True):
+        ratios = [step.ratio for step in steps if step.compiled is compiled and step.trials >= 32]
+        if ratios and device == "cpu":
+            name = f"step over products, {'compiled' if compiled else 'eager'}, worst from 32 trials on"
+            targets.append(Target(name, max(ratios), 2.0))
+    numbers = {"steps": [{**asdict(step), "ratio": step.ratio} for step in steps]}
+    return Found(render_limit(steps), numbers, targets)
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds a compiler for the device."""
+    return device == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def time_pack(
+    rows: int, trials: int, device: str, rounds: int, programs: dict[Any, Any], *, compiled: bool
+) -> Step:
+    """Train a pack for a few epochs, and compute its products in between; the least time of each counts."""
+    say(f"limit: batch {rows}, {trials} trials{', compiled' if compiled else ''}")
+    steps = max(2, min(16, 2**16 // (rows * trials)))
+    drawn = torch.Generator().manual_seed(0)
+    count = rows * steps
+    codes = torch.where(torch.rand(count, generator=drawn) < 0.44, STATUSES.index("censored_above"), 0)
+    y = torch.randn(count, generator=drawn)
+    split = Split(torch.randn(count, SHAPE[0], generator=drawn), lift_semantic_targets(y, codes), {})
+    fixed = {**FIXED, "batch_size": rows, "max_epochs": rounds + 1}
+    pack = PackedTrainer(
+        [
+            PackTrial(TrialConfig(**fixed, learning_rate=1e-4 * (1 + place / trials)), SEED, str(place))
+            for place in range(trials)
+        ],
+        lambda config: make_model(config, SHAPE[0]),
+        lambda seed: {"train": split},
+        device=device,
+        programs=programs,
+        compiled=compiled,
+    )
+    products = Products(trials, rows, device)
+    step_us, products_us = [], []
+    for epoch in pack.epochs():
+        step_us.append(1e3 * epoch.step_ms)
+        products_us.append(time_products(products, steps, device) / trials)
+    return Step(rows, trials, compiled, min(step_us[1:]), min(products_us[1:]))
+
+
+def time_products(products: Products, steps: int, device: str) -> float:
+    """The microseconds of a step's products, the mean of so many steps."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        products.run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - begun) / steps
+
+
+def render_limit(steps: Sequence[Step]) -> list[str]:
+    """The table of the steps, in Markdown, as docs/packs.md has it."""
+    lines = [
+        "| batch | trials | products, us a trial | step, us a trial | ratio | compiled step | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    compiled = {(step.batch_size, step.trials): step for step in steps if step.compiled}
+    for step in steps:
+        if step.compiled:
+            continue
+        other = compiled.get((step.batch_size, step.trials))
+        beside = "| | |" if other is None else f"| {other.step_us:.1f} | {other.ratio:.2f} |"
+        lines.append(
+            f"| {step.batch_size} | {step.trials} | {step.products_us:.1f} | {step.step_us:.1f} "
+            f"| {step.ratio:.2f} {beside}"
+        )
+    return lines
+
+
+# --- scale ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A sweep of `configs`: seconds in all, seconds from its first trial's start on, memory and disk."""
+
+    configs: int
+    wall_s: float
+    work_s: float
+    peak_bytes: int
+    disk_bytes: int
+
+
+def measure_scale(amount: Amount, device: str, folder: Path) -> Found:
+    """Sweep ever more configs, each number in a process and a folder of its own."""
+    found = [sized_sweep(configs, device, folder) for configs in amount.scale]
+    first, last = found[0], found[-1]
+    slopes = [
+        (two.work_s - one.work_s) / (two.configs - one.configs) for one, two in itertools.pairwise(found)
+    ]
+    growth = (last.peak_bytes - first.peak_bytes) / (last.configs - first.configs)
+    targets = [Target("kB on disk a config", last.disk_bytes / last.configs / 1e3, 5.0)]
+    if len(slopes) > 1:
+        targets += [
+            Target("largest over smallest time a further config", spread(slopes), 1.2),
+            Target("kB of the driver's memory a config", growth / 1e3, 2.0),
+        ]
+    numbers = {
+        "sweeps": [asdict(one) for one in found],
+        "further_config_s": slopes,
+        "driver_bytes_per_config": growth,
+    }
+    return Found(render_scale(found, slopes), numbers, targets)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The largest over the smallest; nan where one is not positive."""
+    return max(values) / min(values) if min(values) > 0 else math.nan
+
+
+def sized_sweep(configs: int, device: str, folder: Path) -> Sized:
+    """Run a sweep of so many configs."""
+    say(f"scale: {configs} configs")
+    plan, out = folder / f"scale{configs}.yaml", folder / f"scale{configs}"
+    plan.write_text(json.dumps(make_plan(configs, device)), encoding="utf-8")
+    wall_s, said = run_arm("sized", {"plan": str(plan), "out": str(out)}, folder)
+    starts = read_rows(out).column("started_at").to_pylist()
+    disk_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    shutil.rmtree(out)
+    return Sized(
+        configs, wall_s, said["ended"] - min(starts).timestamp(), int(said["peak_bytes"]), disk_bytes
+    )
+
+
+def render_scale(found: Sequence[Sized], slopes: Sequence[float]) -> list[str]:
+    """The table of the sizes."""
+    lines = ["configs   wall s  ms a config  ms a further config  driver MB  disk kB a config"]
+    for one, slope in zip(found, [math.nan, *slopes], strict=True):
+        lines.append(
+            f"{one.configs:7} {one.wall_s:8.1f} {1e3 * one.wall_s / one.configs:12.2f} {1e3 * slope:20.2f} "
+            f"{one.peak_bytes / 1e6:10.1f} {one.disk_bytes / one.configs / 1e3:17.2f}"
+        )
+    return lines
+
+
+PARTS: Mapping[str, Callable[[Amount, str, Path], Found]] = {
+    "throughput": measure_throughput,
+    "limit": measure_limit,
+    "scale": measure_scale,
+}
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Tell how far the benchmark is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; return its exit code."""
+    options = _parser().parse_args(argv)
+    if options.arm is not None:
+        return _run_arm(*options.arm)
+    parts = tuple(PARTS) if options.part == "all" else (options.part,)
+    if "throughput" in parts and find_spec("zeroproofml") is None:
+        print("zeroproofml is not installed: pip install 'scm-harness[peer]'", file=sys.stderr)
+        return 2
+    amount = AMOUNTS["quick" if options.quick else "full"]
+    about = machine(options.device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    found: dict[str, Found] = {}
+    with tempfile.TemporaryDirectory(prefix="scm-bench-") as folder:
+        try:
+            for part in parts:
+                made = found[part] = PARTS[part](amount, options.device, Path(folder))
+                print(f"\n{part}\n" + "\n".join([*made.lines, *map(str, made.targets)]), flush=True)
+        except NotMeasuredError as error:
+            print(error, file=sys.stderr)
+            return 2
+    if options.json is not None:
+        payload = {
+            **about,
+            **{
+                part: {**one.numbers, "targets": [asdict(t) | {"met": t.met} for t in one.targets]}
+                for part, one in found.items()
+            },
+        }
+        options.json.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+    return 0 if all(target.met for one in found.values() for target in one.targets) else 1
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+
+
+def _run_arm(arm: str, asked: str, said: str) -> int:
+    warnings.simplefilter("ignore", DeprecationWarning)  # the peer's package, on its own modules
+    made = ARMS[arm](json.loads(Path(asked).read_text(encoding="utf-8")))
+    Path(said).write_text(json.dumps(made), encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few configs and sizes: a check, not a measurement"
+    )
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="what to measure")
+    parser.add_argument(
+        "--device", type=_device, default="cpu", help="cpu (the default), or cuda, which must be there"
+    )
+    parser.add_argument("--json", type=_file_to_write, help="write the numbers to this file as well")
+    # How the benchmark starts an arm in a process of its own: its name, a file to read, a file to write.
+    parser.add_argument("--arm", nargs=3, help=argparse.SUPPRESS)
+    return parser
+
+
+def _device(text: str) -> str:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no cuda here")
+    return text
+
+
+def _file_to_write(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
+    return Path(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
