@@ -150,6 +150,11 @@ class Target:
         """Whether the bound is kept; nan never keeps one."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
+    def plain(self) -> dict[str, Any]:
+        """The target for a file, with null for what is no number."""
+        value = self.value if math.isfinite(self.value) else None
+        return {**asdict(self), "value": value, "met": self.met}
+
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
         return f"{self.name}: {self.value:.3g} {sign} {self.limit:g} {'met' if self.met else 'MISSED'}"
@@ -822,11 +827,11 @@ def main(argv: list[str] | None = None) -> int:
         payload = {
             **about,
             **{
-                part: {**one.numbers, "targets": [asdict(t) | {"met": t.met} for t in one.targets]}
+                part: {**one.numbers, "targets": [target.plain() for target in one.targets]}
                 for part, one in found.items()
             },
         }
-        options.json.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(payload, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return 0 if all(target.met for one in found.values() for target in one.targets) else 1
 
 
