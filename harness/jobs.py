@@ -54,6 +54,7 @@ class Segment:
     most     how many may share a pack with it
     pack     the number of the pack that it was handed out in
     shared   how many segments that pack has
+    alone    whether it is trained by itself, and not as a pack of one, in which sums are rounded otherwise
     """
 
     trial: TrialSpec
@@ -64,6 +65,7 @@ class Segment:
     most: int = ANY_NUMBER
     pack: int = -1
     shared: int = 1
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,7 @@ class JobBoard:
         self._ready = [segment for segment in self._ready if id(segment) not in chosen]
         for segment in pack:
             segment.pack, segment.shared = self._packs, len(pack)
+            segment.alone = self._trials[segment.trial.trial_id].key is None
         self._running[self._packs] = len(pack)
         self._packs += 1
         return pack

@@ -209,7 +209,8 @@ def make_parcel(plan: Plan, segments: list[Segment]) -> Parcel:
     from trainables.packed_trial import Member
 
     members = [
-        Member(one.trial.trial_id, one.trial.config, one.trial.seed, one.until, one.state) for one in segments
+        Member(one.trial.trial_id, one.trial.config, one.trial.seed, one.until, one.state, alone=one.alone)
+        for one in segments
     ]
     device = "cuda" if plan.resources.gpus_per_trial else "cpu"
     return Parcel(f"p{uuid.uuid4().hex[:11]}", task_spec(plan), device, members)

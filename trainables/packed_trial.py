@@ -83,13 +83,17 @@ class AloneState:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A trial for a pack: from `state` (None: its start) until an epoch (None: its end)."""
+    """A trial for a pack: from `state` (None: its start) until an epoch (None: its end).
+
+    alone: it is trained by itself, whatever it could be part of.
+    """
 
     trial_id: str
     config: Mapping[str, Any]
     seed: int
     until: int | None = None
     state: LaneState | AloneState | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +204,8 @@ class PackRun:
         seat = _Seat(member, task, splits)
         if isinstance(member.state, AloneState):
             seat.note = member.state.note
+            return seat
+        if member.alone:
             return seat
         try:
             seat.config = resolve_config(member.config)
