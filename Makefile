@@ -43,6 +43,7 @@ bench-quick: setup
 	$(BIN)/python benchmarks/peer_domains.py --quick
 	$(BIN)/python benchmarks/failure_modes.py --quick
 	$(BIN)/python benchmarks/coverage_control.py --quick
+	$(BIN)/python benchmarks/sweep_throughput.py --quick
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

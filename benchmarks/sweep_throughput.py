@@ -41,7 +41,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -110,8 +109,9 @@ Config = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much is measured."""
+    """How much is measured; `packs`: how often the sweep in packs is run, whose median time counts."""
 
+    packs: int
     usual: int
     best: int
     alone: int
@@ -123,8 +123,9 @@ class Amount:
 
 _PACKS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
 AMOUNTS = {
-    "quick": Amount(8, 64, 32, ((32, 32), (32, 128), (128, 32)), (), 5, (64, 512)),
+    "quick": Amount(1, 8, 64, 32, ((32, 32), (32, 128), (128, 32)), (), 5, (64, 512)),
     "full": Amount(
+        3,
         64,
         128,
         128,
@@ -167,6 +168,11 @@ class Found:
     lines: list[str]
     numbers: dict[str, Any]
     targets: list[Target] = field(default_factory=list)
+
+    def markdown(self, part: str) -> list[str]:
+        """A heading, the tables, and the targets."""
+        targets = [f"- {target}" for target in self.targets]
+        return [f"## {part}", "", *self.lines, *([""] if targets else []), *targets]
 
 
 class NotMeasuredError(Exception):
@@ -450,10 +456,10 @@ def run_best(asked: Mapping[str, Any]) -> dict[str, Any]:
 def run_sized(asked: Mapping[str, Any]) -> dict[str, Any]:
     """A sweep in this process, which is then its driver alone; says when it ended and its peak memory."""
     run_sweep(load_plan(Path(asked["plan"])), Path(asked["out"]))
-    return {
-        "ended": time.time(),
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }
+    ended = time.time()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak_kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return {"ended": ended, "peak_bytes": 1024 * int(peak_kib)}
 
 
 ARMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
@@ -490,7 +496,7 @@ def extended_rate(arm: str, total: int, wall_s: float, stamps: Sequence[float]) 
 
     stamps: a time for each config, ascending, of the same moment of each.
     """
-    half = len(stamps) // 2
+    half = (len(stamps) - 1) // 2
     more_s = (stamps[-1] - stamps[half]) / (len(stamps) - 1 - half)
     return Rate(arm, total, len(stamps), wall_s, more_s)
 
@@ -498,10 +504,9 @@ def extended_rate(arm: str, total: int, wall_s: float, stamps: Sequence[float]) 
 def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
     """Run the four arms, and compare what the peer's best way and packs came to."""
     total = TOTALS[device]
+    in_packs = make_plan(total, device, {"size": 4096} if device == "cuda" else None)
     say(f"packs: {total} configs")
-    packs = {"size": 4096} if device == "cuda" else None
-    wall_s, rows = run_command(make_plan(total, device, packs), "packs", folder)
-    packed = Rate("packs", total, total, wall_s)
+    first_s, rows = run_command(in_packs, "packs0", folder)
     configs = [{name: row[f"config.{name}"] for name in DOMAINS} for row in rows]
 
     say(f"alone: {amount.alone} configs")
@@ -514,6 +519,11 @@ def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
     wall_s, usual_said = run_arm("usual", {"device": device, "configs": configs[: amount.usual]}, folder)
     usual = extended_rate("usual", total, wall_s, usual_said["ends"])
 
+    walls_s = [first_s]  # the others between the first and the rest: all see the same machine
+    for number in range(1, amount.packs):
+        say(f"packs: {total} configs once more")
+        walls_s.append(run_command(in_packs, f"packs{number}", folder)[0])
+    packed = Rate("packs", total, total, median(walls_s))
     rates = [usual, best, alone, packed]
     targets = [
         Target(f"packs over {rate.arm}", packed.per_s / rate.per_s, limit, at_least=True)
@@ -526,6 +536,7 @@ def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
     ]
     numbers = {
         "rates": [{**asdict(rate), "per_s": rate.per_s} for rate in rates],
+        "packs_wall_s": walls_s,
         "packed_trials": sum(row["pack_id"] is not None for row in rows),
         "alike": alike,
     }
@@ -563,25 +574,35 @@ def compare_outcomes(
 def render_rates(rates: Sequence[Rate]) -> list[str]:
     """The table of the arms."""
     fastest = rates[-1]
-    lines = ["arm    measured   wall s  s one more  configs/s  packs are"]
-    for rate in rates:
-        more = "-" if rate.more_s is None else f"{rate.more_s:.4f}"
-        lines.append(
-            f"{rate.arm:6} {rate.measured:8} {rate.wall_s:8.1f} {more:>11} {rate.per_s:10.3g} "
-            f"{fastest.per_s / rate.per_s:8.1f}x"
-        )
-    return lines
+    rows = [
+        [
+            rate.arm,
+            str(rate.measured),
+            f"{rate.wall_s:.1f}",
+            "" if rate.more_s is None else f"{1e3 * rate.more_s:.1f}",
+            f"{rate.per_s:.3g}",
+            f"{fastest.per_s / rate.per_s:.1f}",
+        ]
+        for rate in rates
+    ]
+    return table(["arm", "configs", "wall s", "ms one more", "configs/s", "packs are times"], rows)
 
 
 def render_alike(alike: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The table of the comparison of outcomes."""
-    lines = ["          KS distance       p  median best  median packs  apart (median)"]
-    for name, found in alike.items():
-        lines.append(
-            f"{name:9} {found['distance']:11.3f} {found['p']:7.3f} {found['median_peer']:12.4f} "
-            f"{found['median_packs']:13.4f} {found['median_apart']:15.2g}"
-        )
-    return lines
+    rows = [
+        [
+            name,
+            f"{found['distance']:.3f}",
+            f"{found['p']:.3f}",
+            f"{found['median_peer']:.4f}",
+            f"{found['median_packs']:.4f}",
+            f"{found['median_apart']:.2g}",
+        ]
+        for name, found in alike.items()
+    ]
+    head = ["of validation", "KS distance", "p", "median, best", "median, packs", "apart in the median"]
+    return table(head, rows)
 
 
 # --- the physical limit ---------------------------------------------------------------------------------
@@ -703,22 +724,47 @@ def time_products(products: Products, steps: int, device: str) -> float:
 
 
 def render_limit(steps: Sequence[Step]) -> list[str]:
-    """The table of the steps, in Markdown, as docs/packs.md has it."""
-    lines = [
-        "| batch | trials | products, us a trial | step, us a trial | ratio | compiled step | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The table of the steps, a line for each pack, and their plot."""
     compiled = {(step.batch_size, step.trials): step for step in steps if step.compiled}
-    for step in steps:
-        if step.compiled:
-            continue
+    eager = [step for step in steps if not step.compiled]
+    rows = []
+    for step in eager:
         other = compiled.get((step.batch_size, step.trials))
-        beside = "| | |" if other is None else f"| {other.step_us:.1f} | {other.ratio:.2f} |"
-        lines.append(
-            f"| {step.batch_size} | {step.trials} | {step.products_us:.1f} | {step.step_us:.1f} "
-            f"| {step.ratio:.2f} {beside}"
+        rows.append(
+            [
+                str(step.batch_size),
+                str(step.trials),
+                f"{step.products_us:.1f}",
+                f"{step.step_us:.1f}",
+                f"{step.ratio:.2f}",
+                "" if other is None else f"{other.step_us:.1f}",
+                "" if other is None else f"{other.ratio:.2f}",
+            ]
         )
-    return lines
+    head = ["batch", "trials", "products us", "step us", "ratio", "compiled us", "ratio"]
+    return [*table(head, rows), *render_plot(eager)]
+
+
+def render_plot(steps: Sequence[Step]) -> list[str]:
+    """Ratios from 4 trials on, a line for each batch size, as a Mermaid chart; nothing for too few of them."""
+    steps = [step for step in steps if step.trials >= 4]
+    trials = sorted({step.trials for step in steps})
+    batches = sorted({step.batch_size for step in steps})
+    found = {(step.batch_size, step.trials): step.ratio for step in steps}
+    if len(trials) < 3 or len(found) < len(trials) * len(batches):
+        return []
+    top = math.ceil(max(found.values()))
+    lines = [f"    line [{', '.join(f'{found[batch, k]:.2f}' for k in trials)}]" for batch in batches]
+    return [
+        "",
+        "```mermaid",
+        "xychart-beta",
+        f'    title "step over its products; from the top: batch {", ".join(map(str, batches))}"',
+        f'    x-axis "trials in a pack" [{", ".join(map(str, trials))}]',
+        f'    y-axis "ratio" 0 --> {top}',
+        *lines,
+        "```",
+    ]
 
 
 # --- scale ----------------------------------------------------------------------------------------------
@@ -778,13 +824,19 @@ def sized_sweep(configs: int, device: str, folder: Path) -> Sized:
 
 def render_scale(found: Sequence[Sized], slopes: Sequence[float]) -> list[str]:
     """The table of the sizes."""
-    lines = ["configs   wall s  ms a config  ms a further config  driver MB  disk kB a config"]
-    for one, slope in zip(found, [math.nan, *slopes], strict=True):
-        lines.append(
-            f"{one.configs:7} {one.wall_s:8.1f} {1e3 * one.wall_s / one.configs:12.2f} {1e3 * slope:20.2f} "
-            f"{one.peak_bytes / 1e6:10.1f} {one.disk_bytes / one.configs / 1e3:17.2f}"
-        )
-    return lines
+    rows = [
+        [
+            str(one.configs),
+            f"{one.wall_s:.1f}",
+            f"{1e3 * one.wall_s / one.configs:.1f}",
+            "" if slope is None else f"{1e3 * slope:.2f}",
+            f"{one.peak_bytes / 1e6:.1f}",
+            f"{one.disk_bytes / one.configs / 1e3:.2f}",
+        ]
+        for one, slope in zip(found, [None, *slopes], strict=True)
+    ]
+    head = ["configs", "wall s", "ms a config", "ms a further config", "driver MB", "disk kB a config"]
+    return table(head, rows)
 
 
 PARTS: Mapping[str, Callable[[Amount, str, Path], Found]] = {
@@ -795,6 +847,16 @@ PARTS: Mapping[str, Callable[[Amount, str, Path], Found]] = {
 
 
 # --- the command ----------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown that reads well as it is."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * (width - 1) + ":" for width in widths], *rows]
+    return [
+        f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in lines
+    ]
 
 
 def say(text: str) -> None:
@@ -813,16 +875,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     amount = AMOUNTS["quick" if options.quick else "full"]
     about = machine(options.device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    head = ", ".join(f"{name} {value}" for name, value in about.items())
+    print(head)
     found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory(prefix="scm-bench-") as folder:
         try:
             for part in parts:
-                made = found[part] = PARTS[part](amount, options.device, Path(folder))
-                print(f"\n{part}\n" + "\n".join([*made.lines, *map(str, made.targets)]), flush=True)
+                found[part] = PARTS[part](amount, options.device, Path(folder))
+                print("\n" + "\n".join(found[part].markdown(part)), flush=True)
         except NotMeasuredError as error:
             print(error, file=sys.stderr)
             return 2
+    if options.markdown is not None:
+        told = [line for part, one in found.items() for line in ["", *one.markdown(part)]]
+        title = "# What `python benchmarks/sweep_throughput.py` measured"
+        options.markdown.write_text("\n".join([title, "", head, *told]) + "\n", encoding="utf-8")
     if options.json is not None:
         payload = {
             **about,
@@ -865,6 +932,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", type=_device, default="cpu", help="cpu (the default), or cuda, which must be there"
     )
     parser.add_argument("--json", type=_file_to_write, help="write the numbers to this file as well")
+    parser.add_argument("--markdown", type=_file_to_write, help="write the tables to this file as well")
     # How the benchmark starts an arm in a process of its own: its name, a file to read, a file to write.
     parser.add_argument("--arm", nargs=3, help=argparse.SUPPRESS)
     return parser

@@ -41,7 +41,7 @@ def with_peer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick size with hardly anything to do."""
-    amount = bench.Amount(2, 3, 3, ((4, 2),), (), 2, (2, 4))
+    amount = bench.Amount(2, 2, 3, 3, ((4, 2),), (), 2, (2, 4))
     monkeypatch.setattr(bench, "AMOUNTS", {"quick": amount})
     monkeypatch.setattr(bench, "TOTALS", {"cpu": 8})
 
