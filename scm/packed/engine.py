@@ -36,11 +36,12 @@ from scm.packed.lanes import (
     build_first_model,
     look_at,
 )
-from scm.packed.program import Bound, Program
+from scm.packed.program import BoundStep, Program
 from scm.packed.reports import Judged, PackEpoch
 from scm.packed.seats import MARKS, Seats, Shared, seated, streak_limit
 from scm.packed.streams import row_orders, threshold_shares, thresholds
 from scm.packed.table import EpochSums, EpochTable
+from scm.packed.toolchain import has_compiler
 from scm.packed.traced import Programs, TracedPack
 from scm.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from scm.trial import make_curriculum, make_training_loss
@@ -62,6 +63,9 @@ class PackedTrainer:
     and perhaps "val" and others, which `decode` can be asked for. loss_of: the loss of a config, None (or
     returning None) for `make_training_loss`. programs: those traced before in this process, and where new
     ones are put. compiled: whether steps go through ``torch.compile``, which takes half a minute at first.
+    native: whether they are written as C and compiled on the CPU, which takes a second for each kind of pack
+    that this machine has not seen; steps then take a third of the time. Without a C compiler, and for steps
+    that have no such form, they run as else.
 
     Trials that end leave when the next epoch begins, and those of `refill` enter; until then a trial that
     has ended can be decoded and asked for its model. Nothing waits for a device inside of an epoch.
@@ -77,6 +81,7 @@ class PackedTrainer:
         loss_of: LossOf | None = None,
         programs: Programs | None = None,
         compiled: bool = False,
+        native: bool = True,
     ) -> None:
         self.device = torch.empty(0, device=device).device
         self._build_model = build_model
@@ -84,6 +89,7 @@ class PackedTrainer:
         self._loss_of = loss_of
         self._programs = {} if programs is None else programs
         self._compiled = compiled
+        self._native = native and not compiled and self.device.type == "cpu" and has_compiler()
         self._begin()
         for trial in trials:
             self.refill(trial)
@@ -248,10 +254,10 @@ class PackedTrainer:
 
     def _share(self, entrant: Entrant) -> None:
         """Take from the first trial what is equal in all of them."""
-        shared = self._shared = Shared(entrant, self.device, compiled=self._compiled)
+        shared = self._shared = Shared(entrant, self.device, compiled=self._compiled, native=self._native)
         model, still = (build_first_model(entrant.trial, self._build_model) for _ in range(2))
         self._traced = TracedPack(
-            shared, model, still, self._loss_of, self._programs, compiled=self._compiled
+            shared, model, still, self._loss_of, self._programs, compiled=self._compiled, native=self._native
         )
         self._orders = row_orders(shared.rows)
         self._shares = threshold_shares(shared.micro_batches)
@@ -379,7 +385,7 @@ class PackedTrainer:
         self,
         seats: Seats,
         program: Program,
-        bound: Sequence[Bound],
+        bound: Sequence[BoundStep],
         ahead: tuple[Tensor, ...],
         block: _Block,
         table: EpochTable,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from scm.packed.row_kernels import RowKernel
 from scm.trial_config import TrialConfig
 
 EPSILON = 1e-8
@@ -158,6 +159,8 @@ class _RowOptimizer:
         self.weights = weights
         self.state: State = {}
         self._by_row = way.by_row
+        self._native = way.native
+        self._kernel_of_rows: RowKernel | None = None
         self._rule = _compiled(rule) if way.compiled else rule
         self._numbers = {name: self._of_rows(getattr(item, name) for item in settings) for name in names}
         self._decays = any(item.weight_decay for item in settings)
@@ -165,6 +168,14 @@ class _RowOptimizer:
     def set_rates(self, rates: Sequence[float]) -> None:
         """Take the learning rates of the rows, until told others."""
         self._rates = self._of_rows(rates)
+        self._kernel_of_rows = None
+
+    def _machine(self, rule: str, tensors: Sequence[Tensor | None], told: int = 0) -> RowKernel:
+        """Return the rule as machine code, made at the first step; the rates are those of now."""
+        if self._kernel_of_rows is None:
+            options = {"epsilon": EPSILON, "smoothing": SMOOTHING}
+            self._kernel_of_rows = RowKernel(rule, self.weights, tensors, told, **options)
+        return self._kernel_of_rows
 
     def _of_rows(self, values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64, device=self.weights.device)
@@ -196,11 +207,15 @@ class Adam(_RowOptimizer):
 
     def step(self, gradients: Tensor, taken: Tensor | None = None) -> None:
         first, second, steps = self._first, self._second, self._steps
+        beta1, beta2, decay = self._numbers.values()
+        if self._native:
+            held = (first, second, steps, self._rates, beta1, beta2, decay)
+            self._machine("adam", held, int(self.decoupled)).step(gradients, taken)
+            return
         if self._by_row:
             steps += 1 if taken is None else taken
             self._calls.make((gradients, first, second, steps), taken)
             return
-        beta1, beta2, decay = self._numbers.values()
         told = (self.weights, gradients, first, second, steps, self._rates, beta1, beta2, decay, taken)
         self._rule(*told, decoupled=self.decoupled, decays=self._decays)
 
@@ -238,6 +253,11 @@ class SGD(_RowOptimizer):
 
     def step(self, gradients: Tensor, taken: Tensor | None = None) -> None:
         velocity, steps = self._velocity, self._steps
+        momentum, decay = self._numbers.values()
+        if self._native:
+            held = (velocity, steps, self._rates, momentum, decay, self._nesterov)
+            self._machine("sgd", held).step(gradients, taken)
+            return
         if self._by_row:
             if not self._begun or not all(self._begun):  # the first step of a row begins its velocity
                 self._begun = (steps > 0).tolist()
@@ -246,7 +266,6 @@ class SGD(_RowOptimizer):
             steps += 1 if taken is None else taken
             self._calls.make((gradients, gradients if velocity is None else velocity), taken)
             return
-        momentum, decay = self._numbers.values()
         told = (self.weights, gradients, velocity, steps, self._rates, momentum, self._nesterov, decay)
         self._rule(*told, taken, decays=self._decays)
 
@@ -274,20 +293,28 @@ class RMSprop(_RowOptimizer):
 
     def step(self, gradients: Tensor, taken: Tensor | None = None) -> None:
         momentum, decay = self._numbers.values()
+        if self._native:
+            held = (self._square, self._velocity, self._rates, momentum, decay)
+            self._machine("rmsprop", held).step(gradients, taken)
+            return
         told = (self.weights, gradients, self._square, self._velocity, self._rates, momentum, decay, taken)
         self._rule(*told, decays=self._decays)
 
 
 class Way(NamedTuple):
-    """How steps are taken: row by row through torch's fused kernels, or all at once, perhaps compiled."""
+    """How steps are taken: row by row through torch's fused kernels, or all at once, perhaps compiled.
+
+    native: row by row as machine code instead, see `row_kernels`.
+    """
 
     by_row: bool
     compiled: bool = False
+    native: bool = False
 
 
-def usual_way(device: torch.device, *, compiled: bool = False) -> Way:
-    """Return the way that costs least on a device."""
-    return Way(by_row=device.type == "cpu" and not compiled, compiled=compiled)
+def usual_way(device: torch.device, *, compiled: bool = False, native: bool = False) -> Way:
+    """Return the way that costs least on a device; `native` is for the CPU."""
+    return Way(by_row=device.type == "cpu" and not compiled, compiled=compiled, native=native)
 
 
 @functools.lru_cache(maxsize=8)

@@ -29,6 +29,7 @@ from scm.packed.graphs import (
     simplify,
     write_in_place,
 )
+from scm.packed.native import NativeGraph
 
 PerTrial = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Inputs of one trial by name -> outputs of one trial by name."""
@@ -36,6 +37,10 @@ PerTrial = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 class ProgramError(ValueError):
     """A function that cannot be made a program; the message says why, in words for a report."""
+
+
+BoundStep = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
+"""A program of some trials: called with what only the step knows, and with one of `prepare_batches`."""
 
 
 class Known(IntEnum):
@@ -67,6 +72,8 @@ class Program:
         self.outputs = names.returned
         self.joined = names.joined
         parts = _Parts(traced, names)
+        self._traced, self._lanes = traced, lanes
+        self._whole = parts.whole
         self.step_inputs = parts.step_inputs
         self.pack_inputs = parts.pack_inputs
         self.batch_inputs = parts.batch_inputs
@@ -74,6 +81,7 @@ class Program:
         self._batch_graph = _module(traced, parts.batches)
         self._buffers: list[Buffer] = []
         self._memory: tuple[int, list[Tensor]] | None = None  # of the newest number of trials
+        self._native: NativeGraph | None = None
         if parts.writes:
             write_in_place(parts.step)
             self._buffers = plan_buffers(parts.step, lanes)
@@ -85,13 +93,17 @@ class Program:
         """How many operations a step makes."""
         return sum(node.op == "call_function" for node in self._step_graph.graph.nodes)
 
-    def bind(self, lanes: int, held: Mapping[str, Tensor], into: Tensor | None = None) -> Bound:
+    def bind(
+        self, lanes: int, held: Mapping[str, Tensor], into: Tensor | None = None
+    ) -> Callable[..., tuple[Tensor, ...]]:
         """Take everything that is known of `lanes` trials before the step, by name; see `Bound`.
 
         into: (lanes, width), where the joined outputs are written. What of `held` is known in the step is
         looked at where it lies, in every step anew.
         """
         told = self._pack_graph.forward(lanes, *(held[name] for name in self.pack_inputs))
+        if self._native is not None:
+            return self._native.bind(lanes, told, into)
         targets = [] if into is None else [into]
         if self._memory is None or self._memory[0] != lanes:
             self._memory = (lanes, [buffer.make(lanes) for buffer in self._buffers])
@@ -109,6 +121,8 @@ class Program:
                 value = value.expand(steps, *value.shape)
             told.append(value.flatten(0, 1))
         made = self._batch_graph.forward(lanes * steps, *told)
+        if self._native is not None:
+            made = [item.contiguous() for item in made]
         by_step = [item.unflatten(0, (steps, -1)).unbind(0) for item in made]
         return list(zip(*by_step, strict=True)) if by_step else [()] * steps
 
@@ -137,6 +151,20 @@ class Program:
         other = object.__new__(Program)
         other.__dict__.update(self.__dict__)
         other._forward = torch.compile(self._step_graph.forward, **options)
+        return other
+
+    def native(self) -> Program:
+        """Return the same program with its step as machine code; LoweringError where it has no such form."""
+        other = object.__new__(Program)
+        other.__dict__.update(self.__dict__)
+        results = list(self.names.outputs)
+        joined = [results.index(name) for name in self.joined]
+        outputs = [results.index(name) for name in self.outputs]
+
+        def constant(name: str) -> Any:
+            return attribute(self._traced, name)
+
+        other._native = NativeGraph(self._whole, constant, self._lanes, outputs, joined)
         return other
 
 
@@ -233,6 +261,11 @@ def _check_agrees(program: Program, function: PerTrial, example: Mapping[str, Te
                 raise ProgramError(f"its batched form does not agree with it in {name!r}")
 
 
+def agree(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Say whether two programs gave the same, but for the rounding of sums."""
+    return found.keys() == right.keys() and all(_alike(found[name], item) for name, item in right.items())
+
+
 def _alike(found: Tensor, right: Tensor) -> bool:
     if found.shape != right.shape or found.dtype != right.dtype:
         return False
@@ -285,6 +318,7 @@ class _Parts:
         pack = [node for node in used if when[node] in (Known.PACK, Known.PLACE) and node is not self._lanes]
         self.step_inputs = tuple(self._names[node] for node in states)
         self.step = self._step([*states, *batch, *pack], results, names)
+        self.whole = self._part([*states, *batch, *pack], list(results.values()))[0]
         sources = self._sources(pack)
         self.pack_inputs = tuple(self._names[node] for node in sources)
         self.pack = self._part(sources, pack)[0]

@@ -34,12 +34,14 @@ and steps taken."""
 class Shared:
     """What is equal in all trials of a pack, taken from the first: `config` stands for all of them there."""
 
-    def __init__(self, entrant: Entrant, device: torch.device, *, compiled: bool = False) -> None:
+    def __init__(
+        self, entrant: Entrant, device: torch.device, *, compiled: bool = False, native: bool = False
+    ) -> None:
         self.config = entrant.trial.config
         self.signature = entrant.signature
         self.layout = Layout(entrant.model)
         self.device = device
-        self.way = usual_way(device, compiled=compiled)
+        self.way = usual_way(device, compiled=compiled, native=native)
         self.rows = len(entrant.splits["train"])
         self.micro_batches = -(-self.rows // self.config.batch_size)
         self.validates = entrant.splits.get("val") is not None

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from scm.packed.batches import COLUMNS
 from scm.packed.functions import LossOf, TrialFunctions
 from scm.packed.lanes import NotPackable
-from scm.packed.program import Known, PerTrial, Program, ProgramError, trace_program
+from scm.packed.program import Known, PerTrial, Program, ProgramError, agree, trace_program
 from scm.packed.seats import Seats, Shared
+from scm.packed.toolchain import ToolchainError
+from scm.packed.words import LoweringError
 
 Programs = dict[Any, Program]
 """Traced programs by what they are of: good for any pack of the same process."""
@@ -36,6 +38,7 @@ class TracedPack:
         programs: Programs,
         *,
         compiled: bool,
+        native: bool = False,
     ) -> None:
         self._shared = shared
         self._model = model.to("meta").train()
@@ -43,6 +46,7 @@ class TracedPack:
         self._loss_of = loss_of
         self._programs = programs
         self._compiled = compiled
+        self._native = native
 
     def train(self, rows: int, seats: Seats) -> Program:
         """Return the program of a micro-batch of so many rows: loss, P, Q, carried states and gradients."""
@@ -73,7 +77,16 @@ class TracedPack:
     ) -> Program:
         compiles = self._compiled and kind == "train"
         shared = self._shared
-        key = (kind, rows, seats.form, shared.signature, self._loss_of, str(shared.device), compiles)
+        key = (
+            kind,
+            rows,
+            seats.form,
+            shared.signature,
+            self._loss_of,
+            str(shared.device),
+            compiles,
+            self._native,
+        )
         held = self._programs.get(key)
         if held is None:
             example = _example(seats, rows, known)
@@ -83,8 +96,20 @@ class TracedPack:
                 raise NotPackable(seats.lanes[0].trial.key, str(error)) from error
             if compiles:
                 held = held.compiled(dynamic=True)
+            elif self._native:
+                held = _as_native(held, example)
             self._programs[key] = held
         return held
+
+
+def _as_native(program: Program, example: Mapping[str, Tensor]) -> Program:
+    """Return the program as machine code; as it is, where it cannot be written so or comes out otherwise."""
+    native = program.native()
+    try:
+        found = native.run(example)
+    except (LoweringError, ToolchainError):
+        return program
+    return native if agree(found, program.run(example)) else program
 
 
 def _example(seats: Seats, rows: int, known: Mapping[str, Known]) -> dict[str, Tensor]:
