@@ -334,9 +334,8 @@ class PackedTrainer:
             if not rows or not count:
                 continue
             program = self._traced.train(rows, seats)
-            bound = [program.bind(lanes, given, seats.gradients)]
-            if seats.spare is not None:
-                bound.append(program.bind(lanes, given, seats.spare))
+            into = [seats.gradients] if seats.spare is None else [seats.gradients, seats.spare]
+            bound = [seats.bound(program, given, matrix, (rows, place)) for place, matrix in enumerate(into)]
             names = [name for name, _ in program.batch_inputs if name in COLUMNS]
             at_once = max(1, _BLOCK_BYTES // max(1, seats.train.row_bytes(names) * rows * lanes))
             for first in range(done, done + count, at_once):
@@ -393,7 +392,8 @@ class PackedTrainer:
         """Forward and backward pass of a micro-batch; its gradient joins the group's. Returns steps taken."""
         group = self._group
         states = [seats.held[name] for name in program.step_inputs]
-        made = bound[1 if group.count else 0](states, ahead)
+        step = bound[1 if group.count else 0]
+        made = step(states, ahead)
         loss, P, Q = made[:3]
         if states:
             seats.held.update(zip(program.outputs[3:], made[3:], strict=True))
@@ -403,6 +403,7 @@ class PackedTrainer:
             assert seats.spare is not None
             seats.gradients.add_(seats.spare, alpha=weight)
         group.add(loss, rows, weight, block)
+        group.means = step.means if group.count == 1 else None
         table.add(loss, P, Q, block.taus_there[block.place], seats.alive if seats.masked else None)
         if group.count == seats.shared.config.gradient_accumulation_steps:
             return self._step(seats)
@@ -414,7 +415,7 @@ class PackedTrainer:
         gradients = seats.gradients
         if group.weight != 1.0:
             gradients.div_(group.weight)
-        means = seats.shared.probe.means(gradients)
+        means = seats.shared.probe.means(gradients) if group.means is None else group.means
         if not seats.masked and math.isfinite(torch.cat([means, *group.losses]).sum().item()):
             if seats.clips:
                 clip_rows(gradients, seats.clip_limits)
@@ -463,7 +464,7 @@ class PackedTrainer:
         """Return what each trial's validation found, and keep the answers for who asks for them next."""
         assert seats.val is not None
         held = dict(told)
-        held["tau"] = (0.5 * (seats.low + seats.high)).to(self.device, seats.shared.layout.dtype)
+        held["tau"] = seats.middle
         ends = (lane.global_step + seats.shared.micro_batches for lane in seats.lanes)
         held["global_step"] = seats.of_lanes(ends, torch.int64)
         tables, sizes, answers = [], [], []
@@ -484,6 +485,12 @@ class PackedTrainer:
         names = [name for name in program.pack_inputs if name in COLUMNS]
         row_bytes = 4 * split.row_bytes(names)  # with what is computed of a row
         share = max(1, _BLOCK_BYTES // max(1, row_bytes * len(rows)))
+        if share >= len(seats) and split is seats.val:
+            # Held-out rows are the same in every epoch.
+            place = (kind, int(rows[0]), len(rows))
+            given = seats.kept_rows(place, lambda: split.gather(rows.expand(len(seats), -1), names))
+            step = seats.bound(program, {**held, **given, **seats.parameters}, None, place)
+            return dict(zip(program.outputs, step((), ()), strict=True))
         parts = []
         for trials in torch.arange(len(seats)).split(share):
             own = slice(int(trials[0]), int(trials[-1]) + 1)
@@ -614,6 +621,7 @@ class _Group:
         self.rows = 0  # of the first
         self.weight = 0.0
         self.losses: list[Tensor] = []
+        self.means: Tensor | None = None  # of the only one's gradients, where they are known
         self.members: list[tuple[_Block, int]] = []
 
     def add(self, loss: Tensor, rows: int, weight: float, block: _Block) -> None:

@@ -63,8 +63,8 @@ def lower_graph(
     the others are outputs.
 
     ``void step(long first, long last, char **at, const long *by, char *scratch)`` computes the trials from
-    `first` to `last`; `at` has the addresses of inputs, outputs and the matrix, and `by` what lies between
-    two trials there, in bytes.
+    `first` to `last`; `at` has the addresses of inputs, outputs, the matrix and, if there is one, of a number
+    a trial that is finite where all of its row is; `by` has what lies between two trials there, in bytes.
     """
     writer = _Writer(graph, constant, lanes)
     return writer.write(inputs, joined)
@@ -102,6 +102,15 @@ class _Writer:
             made = self._of(node)
             if made.pointer != end.pointer or made.offset != end.offset:
                 self._copy(made, end)
+        if joined:
+            end = max((ends[number] for number in joined), key=lambda item: item.offset)
+            width, kind = end.offset + end.size, end.kind
+            if kind not in VECTOR:
+                raise LoweringError(f"a matrix of {kind}")
+            addresses.append((kind, "mean"))
+            self.lines.append(
+                f"    *mean = finite_mean_{kind}(row, {width}, {number_text(0.5 / width, kind)});"
+            )
         return Lowered(self._text(addresses), self.arena.bytes)
 
     def _form(self, form: Form) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]:

@@ -70,13 +70,21 @@ class NativeGraph:
 
 
 class NativeBound:
-    """A native graph of some trials, called with what only the step knows and what was known of the batch."""
+    """A native graph of some trials, called with what only the step knows and what was known of the batch.
+
+    means: after a call, one number a trial, finite where its row of the matrix is; None without a matrix.
+    """
+
+    means: Tensor | None = None
 
     def __init__(self, graph: NativeGraph, lanes: int, told: Sequence[Tensor], into: Tensor | None) -> None:
         self._graph, self._lanes = graph, lanes
         # Their memory must live as long as this. Multiples of the number of trials are among them.
         self._told = [item for item in told if isinstance(item, Tensor)]
         self._into = [] if into is None else [into]
+        if into is not None:
+            self.means = torch.empty(lanes, dtype=into.dtype)
+            self._into.append(self.means)
         self._step: Step | None = None
         self._shares = row_shares(lanes)
 

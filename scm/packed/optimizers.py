@@ -163,15 +163,15 @@ class _RowOptimizer:
         self._kernel_of_rows: RowKernel | None = None
         self._rule = _compiled(rule) if way.compiled else rule
         self._numbers = {name: self._of_rows(getattr(item, name) for item in settings) for name in names}
+        self._rates = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
         self._decays = any(item.weight_decay for item in settings)
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Take the learning rates of the rows, until told others."""
-        self._rates = self._of_rows(rates)
-        self._kernel_of_rows = None
+        self._rates.copy_(self._of_rows(rates))
 
     def _machine(self, rule: str, tensors: Sequence[Tensor | None], told: int = 0) -> RowKernel:
-        """Return the rule as machine code, made at the first step; the rates are those of now."""
+        """Return the rule as machine code, made at the first step."""
         if self._kernel_of_rows is None:
             options = {"epsilon": EPSILON, "smoothing": SMOOTHING}
             self._kernel_of_rows = RowKernel(rule, self.weights, tensors, told, **options)
@@ -203,7 +203,8 @@ class Adam(_RowOptimizer):
 
     def set_rates(self, rates: Sequence[float]) -> None:
         super().set_rates(rates)
-        self._calls.sort([(rate, *own) for rate, own in zip(rates, self._settings, strict=True)])
+        if self._by_row:
+            self._calls.sort([(rate, *own) for rate, own in zip(rates, self._settings, strict=True)])
 
     def step(self, gradients: Tensor, taken: Tensor | None = None) -> None:
         first, second, steps = self._first, self._second, self._steps
@@ -314,7 +315,7 @@ class Way(NamedTuple):
 
 def usual_way(device: torch.device, *, compiled: bool = False, native: bool = False) -> Way:
     """Return the way that costs least on a device; `native` is for the CPU."""
-    return Way(by_row=device.type == "cpu" and not compiled, compiled=compiled, native=native)
+    return Way(device.type == "cpu" and not compiled and not native, compiled, native)
 
 
 @functools.lru_cache(maxsize=8)

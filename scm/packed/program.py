@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -39,8 +39,15 @@ class ProgramError(ValueError):
     """A function that cannot be made a program; the message says why, in words for a report."""
 
 
-BoundStep = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
-"""A program of some trials: called with what only the step knows, and with one of `prepare_batches`."""
+class BoundStep(Protocol):
+    """A program of some trials: called with what only the step knows, and with one of `prepare_batches`.
+
+    means: after a call, perhaps one number a trial that is finite where all is that was joined.
+    """
+
+    means: Tensor | None
+
+    def __call__(self, states: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[Tensor, ...]: ...
 
 
 class Known(IntEnum):
@@ -93,9 +100,7 @@ class Program:
         """How many operations a step makes."""
         return sum(node.op == "call_function" for node in self._step_graph.graph.nodes)
 
-    def bind(
-        self, lanes: int, held: Mapping[str, Tensor], into: Tensor | None = None
-    ) -> Callable[..., tuple[Tensor, ...]]:
+    def bind(self, lanes: int, held: Mapping[str, Tensor], into: Tensor | None = None) -> BoundStep:
         """Take everything that is known of `lanes` trials before the step, by name; see `Bound`.
 
         into: (lanes, width), where the joined outputs are written. What of `held` is known in the step is
@@ -171,7 +176,7 @@ class Program:
 class Bound:
     """A program of some trials: called with what only the step knows, and with one of `prepare_batches`."""
 
-    __slots__ = ("_forward", "_lanes", "_told")
+    means: Tensor | None = None
 
     def __init__(
         self, forward: Callable[..., tuple[Tensor, ...]], lanes: int, told: Sequence[Tensor]

@@ -7,7 +7,8 @@ is decided in `engine`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from scm.packed.functions import WEIGHTS, Form
 from scm.packed.gradients import FiniteProbe
 from scm.packed.lanes import Entrant, Lane
 from scm.packed.optimizers import PackOptimizer, State, usual_way
+from scm.packed.program import BoundStep, Program
 from scm.packed.stack import Layout
 from scm.trial_config import TrialConfig
 
@@ -83,6 +85,8 @@ class Seats:
         self._settle_limits()
         self.train = self.stacked("train")
         self.val = self.stacked("val") if shared.validates else None
+        self._bound: dict[Hashable, tuple[Program, list[Tensor], BoundStep]] = {}
+        self._rows: dict[Hashable, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -110,6 +114,24 @@ class Seats:
         dtype = self.shared.layout.dtype
         return StackedSplit([splits[name] for splits in self.splits], dtype, self.shared.device)
 
+    def bound(
+        self, program: Program, given: Mapping[str, Tensor], into: Tensor | None, key: Hashable
+    ) -> BoundStep:
+        """Bind a program to these trials, or return what was bound under the key while it holds."""
+        told = [given[name] for name in program.pack_inputs]
+        kept = self._bound.get(key)
+        if kept is not None and kept[0] is program and all(map(operator.is_, kept[1], told)):
+            return kept[2]
+        made = program.bind(len(self), given, into)
+        self._bound[key] = (program, told, made)
+        return made
+
+    def kept_rows(self, key: Hashable, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what `gather` returned when it was first called for the key."""
+        if key not in self._rows:
+            self._rows[key] = gather()
+        return self._rows[key]
+
     def of_lanes(self, values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
         """Return one number a trial as a tensor on the device."""
         return torch.tensor(list(values), dtype=dtype, device=self.shared.device)
@@ -135,6 +157,7 @@ class Seats:
         # The bounds of thresholds stay on the CPU, where their draws are.
         self.low = torch.tensor([item.tau_train_min for item in self.configs], dtype=torch.float64)
         self.high = torch.tensor([item.tau_train_max for item in self.configs], dtype=torch.float64)
+        self.middle = (0.5 * (self.low + self.high)).to(self.shared.device, self.shared.layout.dtype)
         self.draws_tau = bool((self.low < self.high).any())
         # On the CPU a look is free: while all is well, nothing is masked.
         on_cpu = self.shared.device.type == "cpu"
