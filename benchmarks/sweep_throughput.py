@@ -11,20 +11,22 @@ differ from config to config. Every arm is a process of its own, timed from its 
                   alone  `scm-harness sweep` with `packs: {size: 1}`
                   packs  `scm-harness sweep` as it is
                 Packs train all 1,024. The others train a few, which are extended to 1,024 at the rate of
-                their second half. Targets for packs: 100 times the usual way, 25 times the best (50 is what
-                we would like), 15 times trials alone; on a GPU, 8,192 configs in packs of 4,096, 300 times
-                the best way there. The best way trains configs that packs train as well, from the same
-                weights in the same order; validation loss and coverage of its trials and of all other
-                trials of packs must be distributed alike (Kolmogorov-Smirnov, alpha 0.01 each). The losses
-                are the same formula on both sides, and one threshold of 0.1 serves training, validation and
+                their second half; what one more config takes is told beside, of packs too. Targets for
+                packs, start of workers included: 100 times the usual way, 25 times the best (50 is what we
+                would like), 15 times trials alone; on a GPU, 8,192 configs in packs of 4,096, 300 times the
+                best way there. The best way trains configs that packs train as well, from the same weights
+                in the same order; validation loss and coverage of its trials and of all other trials of
+                packs must be distributed alike (Kolmogorov-Smirnov, alpha 0.01 each). The losses are the
+                same formula on both sides, and one threshold of 0.1 serves training, validation and
                 inference.
     limit       the time of a pack's step over that of its matrix products alone (torch.bmm at the same
                 shapes, forward and backward, in the same process; one thread), for batches of 32, 128 and 512
                 and packs of 1 to 1,024. Target on a CPU: at most 2.0 from 32 trials on (1.5 is what we would
                 like), eager and compiled; sweeps run eager.
-    scale       sweeps of 64 to 8,192 configs. Targets: time per config beyond a smaller sweep's, worker
-                start apart, within 20 % of each other; peak memory of the driver grows by less than 2 kB,
-                the run folder by less than 5 kB a config. The quick sizes are too small for the first two.
+    scale       sweeps of 64 to 8,192 configs, the faster of two of each. Targets: the time that a config more
+                takes, from one size to the next and the start of workers apart, is within 20 % of itself;
+                peak memory of the driver grows by less than 2 kB, the run folder by less than 5 kB a config.
+                The quick sizes are too small for the first two.
 
     python benchmarks/sweep_throughput.py --quick     under three minutes on two cores
     python benchmarks/sweep_throughput.py
@@ -49,19 +51,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import ray
 import torch
-from ray import tune
 from scipy import stats
 from torch import Tensor, nn
 
-from harness.plan import load_plan
-from harness.sweep import run_sweep
 from reports.rows import read_rows
 from scm.data import Split
 from scm.models import make_model
@@ -119,11 +118,12 @@ class Amount:
     compiled: tuple[tuple[int, int], ...]
     rounds: int
     scale: tuple[int, ...]
+    repeats: int  # of each size, the fastest counts
 
 
 _PACKS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
 AMOUNTS = {
-    "quick": Amount(1, 8, 64, 32, ((32, 32), (32, 128), (128, 32)), (), 5, (64, 512)),
+    "quick": Amount(1, 8, 64, 32, ((32, 32), (32, 128), (128, 32)), (), 5, (64, 512), 1),
     "full": Amount(
         3,
         64,
@@ -132,7 +132,8 @@ AMOUNTS = {
         tuple(itertools.product((32, 128, 512), _PACKS)),
         tuple(itertools.product((32, 128), (32, 128, 512))),
         9,
-        (64, 512, 1024, 2048, 4096, 8192),
+        (64, 2048, 4096, 8192),
+        2,
     ),
 }
 
@@ -153,8 +154,7 @@ class Target:
 
     def plain(self) -> dict[str, Any]:
         """The target for a file, with null for what is no number."""
-        value = self.value if math.isfinite(self.value) else None
-        return {**asdict(self), "value": value, "met": self.met}
+        return {**asdict(self), "value": or_null(self.value), "met": self.met}
 
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
@@ -346,6 +346,7 @@ class WordedRows(torch.utils.data.Dataset[tuple[Tensor, Tensor, str]]):
 
 def usual_trial(config: dict[str, Any], data: dict[str, PeerData], device: str) -> None:
     """The usual function trainable: loaders, fit, a report an epoch."""
+    from ray import tune
 
     def hook(record: Mapping[str, Any]) -> None:
         if record["phase"] == "eval":
@@ -377,43 +378,46 @@ class IndexedBatches:
             yield x, self.kind(*targets)
 
 
-class BestTrial(tune.Trainable):
+def best_trainable() -> type:
     """The best class trainable: its actor is reused, a trial is one step, data lie ready."""
+    from ray import tune
 
-    def setup(self, config: dict[str, Any], data: dict[str, PeerData], device: str) -> None:
-        self.device = device
-        self.rows = IndexedBatches(data["train"], device, BATCH_SIZE, None)
-        self.held_out = IndexedBatches(data["val"], device, len(data["val"].words), None)
-        self.config = config
+    class BestTrial(tune.Trainable):
+        def setup(self, config: dict[str, Any], data: dict[str, PeerData], device: str) -> None:
+            self.device = device
+            self.rows = IndexedBatches(data["train"], device, BATCH_SIZE, None)
+            self.held_out = IndexedBatches(data["val"], device, len(data["val"].words), None)
+            self.config = config
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.config = new_config
-        return True
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.config = new_config
+            return True
 
-    def step(self) -> dict[str, Any]:
-        self.rows.order = generator(SEED, "order")
-        made = train_peer(self.config["trial"], self.rows, self.held_out, self.device, fused=True)
-        return {**made, "done": True}
+        def step(self) -> dict[str, Any]:
+            self.rows.order = generator(SEED, "order")
+            made = train_peer(self.config["trial"], self.rows, self.held_out, self.device, fused=True)
+            return {**made, "done": True}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: a trial is one step."""
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            """Nothing: a trial is one step."""
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing: a trial is one step."""
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            """Nothing: a trial is one step."""
 
-
-class Ends(tune.Callback):
-    """Notes when trials end."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.at.append(time.time())
+    return BestTrial
 
 
 def run_peer(asked: Mapping[str, Any], trainable: Any, *, reuse: bool) -> dict[str, Any]:
     """Run the configs with Tune on all cores; say when each ended, and what it came to."""
+    import ray
+    from ray import tune
+
+    class Ends(tune.Callback):
+        at: list[float] = []  # noqa: RUF012, there is one
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.at.append(time.time())
+
     with tempfile.TemporaryDirectory(prefix="scm-") as scratch:
         ray.init(
             address="local",
@@ -450,11 +454,14 @@ def run_best(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The peer's best way, with nothing that Tune can leave out."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
-    return run_peer(asked, BestTrial, reuse=True)
+    return run_peer(asked, best_trainable(), reuse=True)
 
 
 def run_sized(asked: Mapping[str, Any]) -> dict[str, Any]:
     """A sweep in this process, which is then its driver alone; says when it ended and its peak memory."""
+    from harness.plan import load_plan
+    from harness.sweep import run_sweep
+
     run_sweep(load_plan(Path(asked["plan"])), Path(asked["out"]))
     ended = time.time()
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -474,21 +481,19 @@ ARMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How fast an arm is: the seconds for the `measured` configs, and for one more once it is under way.
-
-    more_s: None for an arm that trained all `total` of them.
-    """
+    """How fast an arm is: the seconds for the `measured` configs, and for one more once it is under way."""
 
     arm: str
     total: int
     measured: int
     wall_s: float
-    more_s: float | None = None
+    more_s: float
 
     @property
     def per_s(self) -> float:
         """Configs per second when `total` are trained, the start of process and workers included."""
-        return self.total / (self.wall_s + (self.total - self.measured) * (self.more_s or 0.0))
+        added_s = (self.total - self.measured) * self.more_s if self.measured < self.total else 0.0
+        return self.total / (self.wall_s + added_s)
 
 
 def extended_rate(arm: str, total: int, wall_s: float, stamps: Sequence[float]) -> Rate:
@@ -499,6 +504,20 @@ def extended_rate(arm: str, total: int, wall_s: float, stamps: Sequence[float]) 
     half = (len(stamps) - 1) // 2
     more_s = (stamps[-1] - stamps[half]) / (len(stamps) - 1 - half)
     return Rate(arm, total, len(stamps), wall_s, more_s)
+
+
+def seconds_one_more(rows: Sequence[Mapping[str, Any]], workers: int) -> float:
+    """How long one more config of a packed sweep takes, told from when its packs began.
+
+    A worker's pack begins where its one before it ended; the first of each, which is traced, does not count.
+    nan for too few packs.
+    """
+    begun: dict[str, list[float]] = {}
+    for row in rows:
+        begun.setdefault(row["pack_id"] or row["trial_id"], []).append(row["started_at"].timestamp())
+    packs = sorted(begun.values())[workers:]
+    laps = [(later[0] - pack[0]) / len(pack) for pack, later in zip(packs, packs[workers:], strict=False)]
+    return median(laps) / workers if laps else math.nan
 
 
 def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
@@ -523,7 +542,8 @@ def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
     for number in range(1, amount.packs):
         say(f"packs: {total} configs once more")
         walls_s.append(run_command(in_packs, f"packs{number}", folder)[0])
-    packed = Rate("packs", total, total, median(walls_s))
+    workers = 1 if device == "cuda" else os.cpu_count() or 1
+    packed = Rate("packs", total, total, median(walls_s), seconds_one_more(rows, workers))
     rates = [usual, best, alone, packed]
     targets = [
         Target(f"packs over {rate.arm}", packed.per_s / rate.per_s, limit, at_least=True)
@@ -535,7 +555,7 @@ def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
         for name, found in alike.items()
     ]
     numbers = {
-        "rates": [{**asdict(rate), "per_s": rate.per_s} for rate in rates],
+        "rates": [{**asdict(rate), "more_s": or_null(rate.more_s), "per_s": rate.per_s} for rate in rates],
         "packs_wall_s": walls_s,
         "packed_trials": sum(row["pack_id"] is not None for row in rows),
         "alike": alike,
@@ -579,13 +599,16 @@ def render_rates(rates: Sequence[Rate]) -> list[str]:
             rate.arm,
             str(rate.measured),
             f"{rate.wall_s:.1f}",
-            "" if rate.more_s is None else f"{1e3 * rate.more_s:.1f}",
             f"{rate.per_s:.3g}",
             f"{fastest.per_s / rate.per_s:.1f}",
+            f"{1e3 * rate.more_s:.1f}",
+            f"{rate.more_s / fastest.more_s:.1f}",
         ]
         for rate in rates
     ]
-    return table(["arm", "configs", "wall s", "ms one more", "configs/s", "packs are times"], rows)
+    return table(
+        ["arm", "configs", "wall s", "configs/s", "packs: times", "ms one more", "packs: times"], rows
+    )
 
 
 def render_alike(alike: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -746,7 +769,7 @@ def render_limit(steps: Sequence[Step]) -> list[str]:
 
 
 def render_plot(steps: Sequence[Step]) -> list[str]:
-    """Ratios from 4 trials on, a line for each batch size, as a Mermaid chart; nothing for too few of them."""
+    """Ratios from 4 trials on, a line a batch size, as a Mermaid chart; nothing for too few of them."""
     steps = [step for step in steps if step.trials >= 4]
     trials = sorted({step.trials for step in steps})
     batches = sorted({step.batch_size for step in steps})
@@ -783,7 +806,9 @@ class Sized:
 
 def measure_scale(amount: Amount, device: str, folder: Path) -> Found:
     """Sweep ever more configs, each number in a process and a folder of its own."""
-    found = [sized_sweep(configs, device, folder) for configs in amount.scale]
+    sizes = [configs for configs in amount.scale for _ in range(amount.repeats)]
+    runs = [sized_sweep(configs, device, folder) for configs in sizes]
+    found = [min((run for run in runs if run.configs == size), key=_work) for size in amount.scale]
     first, last = found[0], found[-1]
     slopes = [
         (two.work_s - one.work_s) / (two.configs - one.configs) for one, two in itertools.pairwise(found)
@@ -796,11 +821,15 @@ def measure_scale(amount: Amount, device: str, folder: Path) -> Found:
             Target("kB of the driver's memory a config", growth / 1e3, 2.0),
         ]
     numbers = {
-        "sweeps": [asdict(one) for one in found],
+        "sweeps": [asdict(one) for one in runs],
         "further_config_s": slopes,
         "driver_bytes_per_config": growth,
     }
     return Found(render_scale(found, slopes), numbers, targets)
+
+
+def _work(run: Sized) -> float:
+    return run.work_s
 
 
 def spread(values: Sequence[float]) -> float:
@@ -859,6 +888,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def or_null(value: float) -> float | None:
+    """The number as a file can hold it."""
+    return value if math.isfinite(value) else None
+
+
 def say(text: str) -> None:
     """Tell how far the benchmark is."""
     print(text, file=sys.stderr, flush=True)
@@ -906,7 +940,7 @@ def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
         "torch": torch.__version__,
-        "ray": ray.__version__,
+        "ray": version("ray") if find_spec("ray") else "none",
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,7 +42,7 @@ def with_peer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick size with hardly anything to do."""
-    amount = bench.Amount(2, 2, 3, 3, ((4, 2),), (), 2, (2, 4))
+    amount = bench.Amount(2, 2, 3, 3, ((4, 2),), (), 2, (2, 4), 1)
     monkeypatch.setattr(bench, "AMOUNTS", {"quick": amount})
     monkeypatch.setattr(bench, "TOTALS", {"cpu": 8})
 
@@ -166,14 +167,27 @@ def test_an_arm_is_extended_at_the_rate_of_its_second_half(bench: ModuleType) ->
 
 
 def test_an_arm_that_trained_everything_is_not_extended(bench: ModuleType) -> None:
-    """Packs are measured from end to end."""
-    assert bench.Rate("packs", 1024, 1024, 16.0).per_s == 64.0
+    """Packs are measured from end to end, however fast they are once under way."""
+    assert bench.Rate("packs", 1024, 1024, 16.0, 0.001).per_s == 64.0
+
+
+def test_packs_under_way_are_timed_by_when_the_next_ones_begin(bench: ModuleType) -> None:
+    """Two workers, whose packs of 4 take 2 s each after a first one of 9 s."""
+    begun = datetime(2000, 1, 1, tzinfo=UTC)
+    rows = [
+        {"pack_id": f"{worker}.{pack}", "trial_id": "", "started_at": begun + timedelta(seconds=at + worker)}
+        for worker in (0, 1)
+        for pack, at in enumerate((0.0, 9.0, 11.0, 13.0))
+        for _ in range(4)
+    ]
+    assert bench.seconds_one_more(rows, 2) == pytest.approx(2.0 / 4 / 2)
+    assert math.isnan(bench.seconds_one_more(rows[:8], 2))
 
 
 @pytest.mark.parametrize(("device", "arms"), [("cpu", {"usual", "best", "alone"}), ("cuda", {"best"})])
 def test_a_gpu_has_a_target_of_its_own(bench: ModuleType, device: str, arms: set[str]) -> None:
     """The targets of two cores say nothing about a GPU."""
-    rates = [bench.Rate(arm, 8, 8, 1.0) for arm in ("usual", "best", "alone")]
+    rates = [bench.Rate(arm, 8, 8, 1.0, 0.1) for arm in ("usual", "best", "alone")]
     assert {rate.arm for rate, _ in bench.throughput_limits(device, *rates)} == arms
 
 
@@ -283,7 +297,8 @@ def test_the_time_of_a_further_config_must_stay(
         for size, work in zip(sizes, work_s, strict=True)
     }
     monkeypatch.setattr(bench, "sized_sweep", lambda configs, *_: found[configs])
-    targets = bench.measure_scale(replace(bench.AMOUNTS["full"], scale=sizes), "cpu", tmp_path).targets
+    amount = replace(bench.AMOUNTS["full"], scale=sizes)
+    targets = bench.measure_scale(amount, "cpu", tmp_path).targets
     assert [target.value for target in targets if "kB" in target.name] == [4.0, 1.0]
     (flat,) = [target for target in targets if "kB" not in target.name]
     assert flat.met is kept
