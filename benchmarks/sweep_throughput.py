@@ -9,7 +9,7 @@ differ from config to config. Every arm is a process of its own, timed from its 
                   best   the peer's best way: a class trainable, actors reused, batches by indexing, targets
                          lifted once, the fused optimizer, no log files
                   alone  `scm-harness sweep` with `packs: {size: 1}`
-                  packs  `scm-harness sweep` as it is
+                  packs  `scm-harness sweep` as it is, the median of three; the first compiles its C
                 Packs train all 1,024. The others train a few, which are extended to 1,024 at the rate of
                 their second half; what one more config takes is told beside, of packs too. Targets for
                 packs, start of workers included: 100 times the usual way, 25 times the best (50 is what we
@@ -22,7 +22,8 @@ differ from config to config. Every arm is a process of its own, timed from its 
     limit       the time of a pack's step over that of its matrix products alone (torch.bmm at the same
                 shapes, forward and backward, in the same process; one thread), for batches of 32, 128 and 512
                 and packs of 1 to 1,024. Target on a CPU: at most 2.0 from 32 trials on (1.5 is what we would
-                like), eager and compiled; sweeps run eager.
+                like) in the form in which sweeps run; some packs also as operations of torch one by one,
+                which is what sweeps do where there is no C compiler, and under torch.compile.
     scale       sweeps of 64 to 8,192 configs, the faster of two of each. Targets: the time that a config more
                 takes, from one size to the next and the start of workers apart, is within 20 % of itself;
                 peak memory of the driver grows by less than 2 kB, the run folder by less than 5 kB a config.
@@ -65,6 +66,7 @@ from reports.rows import read_rows
 from scm.data import Split
 from scm.models import make_model
 from scm.packed import PackedTrainer, PackTrial
+from scm.packed.toolchain import CACHE_VARIABLE
 from scm.seeding import generator, seeded_init
 from scm.training.targets import STATUSES, lift_semantic_targets
 from scm.trial_config import TrialConfig
@@ -115,7 +117,7 @@ class Amount:
     best: int
     alone: int
     limit: tuple[tuple[int, int], ...]  # batch size, trials
-    compiled: tuple[tuple[int, int], ...]
+    other_forms: tuple[tuple[int, int], ...]
     rounds: int
     scale: tuple[int, ...]
     repeats: int  # of each size, the fastest counts
@@ -204,9 +206,10 @@ def run_process(arguments: Sequence[str], log: Path) -> float:
     NotMeasuredError where it fails.
     """
     begun = time.perf_counter()
+    own = {**os.environ, CACHE_VARIABLE: str(log.parent / "native")}  # nothing is compiled beforehand
     with log.open("w", encoding="utf-8") as said:
         code = subprocess.run(
-            [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=said, check=False
+            [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=said, env=own, check=False
         ).returncode
     if code != 0:
         last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-3:]
@@ -637,7 +640,7 @@ class Step:
 
     batch_size: int
     trials: int
-    compiled: bool
+    form: str
     step_us: float
     products_us: float
 
@@ -645,6 +648,14 @@ class Step:
     def ratio(self) -> float:
         """How many times as long as its products a step takes."""
         return self.step_us / self.products_us
+
+
+# How a pack's steps are made: as in a sweep, from operations of torch one by one, by torch.compile.
+FORMS: Mapping[str, Mapping[str, bool]] = {
+    "sweep": {},
+    "torch": {"native": False},
+    "compile": {"compiled": True},
+}
 
 
 class Products:
@@ -681,19 +692,18 @@ def measure_limit(amount: Amount, device: str, folder: Path) -> Found:
     torch.set_num_threads(1)  # as a sweep's workers have it
     try:
         programs: dict[Any, Any] = {}
-        steps = [time_pack(*case, device, amount.rounds, programs, compiled=False) for case in amount.limit]
-        if can_compile(device):
-            steps += [
-                time_pack(*case, device, amount.rounds, programs, compiled=True) for case in amount.compiled
-            ]
+        steps = [
+            time_pack(*case, form, device, amount.rounds, programs)
+            for form in FORMS
+            if form != "compile" or can_compile(device)
+            for case in (amount.limit if form == "sweep" else amount.other_forms)
+        ]
     finally:
         torch.set_num_threads(before)
+    ratios = [step.ratio for step in steps if step.form == "sweep" and step.trials >= 32]
     targets = []
-    for compiled in (False, True):
-        ratios = [step.ratio for step in steps if step.compiled is compiled and step.trials >= 32]
-        if ratios and device == "cpu":
-            name = f"step over products, {'compiled' if compiled else 'eager'}, worst from 32 trials on"
-            targets.append(Target(name, max(ratios), 2.0))
+    if ratios and device == "cpu":
+        targets.append(Target("step over products, the worst from 32 trials on", max(ratios), 2.0))
     numbers = {"steps": [{**asdict(step), "ratio": step.ratio} for step in steps]}
     return Found(render_limit(steps), numbers, targets)
 
@@ -703,11 +713,9 @@ def can_compile(device: str) -> bool:
     return device == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def time_pack(
-    rows: int, trials: int, device: str, rounds: int, programs: dict[Any, Any], *, compiled: bool
-) -> Step:
+def time_pack(rows: int, trials: int, form: str, device: str, rounds: int, programs: dict[Any, Any]) -> Step:
     """Train a pack for a few epochs, and compute its products in between; the least time of each counts."""
-    say(f"limit: batch {rows}, {trials} trials{', compiled' if compiled else ''}")
+    say(f"limit: batch {rows}, {trials} trials, {form}")
     steps = max(2, min(16, 2**16 // (rows * trials)))
     drawn = torch.Generator().manual_seed(0)
     count = rows * steps
@@ -724,14 +732,14 @@ def time_pack(
         lambda seed: {"train": split},
         device=device,
         programs=programs,
-        compiled=compiled,
+        **FORMS[form],
     )
     products = Products(trials, rows, device)
     step_us, products_us = [], []
     for epoch in pack.epochs():
         step_us.append(1e3 * epoch.step_ms)
         products_us.append(time_products(products, steps, device) / trials)
-    return Step(rows, trials, compiled, min(step_us[1:]), min(products_us[1:]))
+    return Step(rows, trials, form, min(step_us[1:]), min(products_us[1:]))
 
 
 def time_products(products: Products, steps: int, device: str) -> float:
@@ -748,24 +756,17 @@ def time_products(products: Products, steps: int, device: str) -> float:
 
 def render_limit(steps: Sequence[Step]) -> list[str]:
     """The table of the steps, a line for each pack, and their plot."""
-    compiled = {(step.batch_size, step.trials): step for step in steps if step.compiled}
-    eager = [step for step in steps if not step.compiled]
+    found = {(step.batch_size, step.trials, step.form): step for step in steps}
+    own = [step for step in steps if step.form == "sweep"]
     rows = []
-    for step in eager:
-        other = compiled.get((step.batch_size, step.trials))
-        rows.append(
-            [
-                str(step.batch_size),
-                str(step.trials),
-                f"{step.products_us:.1f}",
-                f"{step.step_us:.1f}",
-                f"{step.ratio:.2f}",
-                "" if other is None else f"{other.step_us:.1f}",
-                "" if other is None else f"{other.ratio:.2f}",
-            ]
-        )
-    head = ["batch", "trials", "products us", "step us", "ratio", "compiled us", "ratio"]
-    return [*table(head, rows), *render_plot(eager)]
+    for step in own:
+        row = [str(step.batch_size), str(step.trials), f"{step.products_us:.1f}"]
+        for form in FORMS:
+            timed = found.get((step.batch_size, step.trials, form))
+            row += ["", ""] if timed is None else [f"{timed.step_us:.1f}", f"{timed.ratio:.2f}"]
+        rows.append(row)
+    head = ["batch", "trials", "products us", *(name for form in FORMS for name in (f"{form} us", "ratio"))]
+    return [*table(head, rows), *render_plot(own)]
 
 
 def render_plot(steps: Sequence[Step]) -> list[str]:
