@@ -120,6 +120,14 @@ class PackedTrainer:
         """The trials in the pack, in the order of everything that has one entry a trial."""
         return tuple(lane.trial.key for lane in self.lanes)
 
+    @property
+    def machine_code(self) -> bool:
+        """Whether the steps of the trials in the pack run as machine code."""
+        if self._seats is None:
+            return False
+        rows = min(self._seats.shared.config.batch_size, self._seats.shared.rows)
+        return self._traced.train(rows, self._seats).is_native
+
     def lane(self, key: str) -> Lane:
         """Return where a trial of the pack stands; KeyError for one that is not in it."""
         return self.lanes[self._place(key)]

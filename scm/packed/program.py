@@ -100,6 +100,11 @@ class Program:
         """How many operations a step makes."""
         return sum(node.op == "call_function" for node in self._step_graph.graph.nodes)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether a step is machine code."""
+        return self._native is not None
+
     def bind(self, lanes: int, held: Mapping[str, Tensor], into: Tensor | None = None) -> BoundStep:
         """Take everything that is known of `lanes` trials before the step, by name; see `Bound`.
 

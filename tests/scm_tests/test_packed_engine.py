@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scm.data import Split
 from scm.models import make_model
 from scm.packed import NotPackable, PackedTrainer, PackTrial
+from scm.packed.toolchain import has_compiler
 from scm.packed.traced import Programs
 from scm.training.checkpoint import CheckpointError, write_checkpoint
 from scm.training.records import EpochReport
@@ -224,6 +225,19 @@ def test_each_trial_of_a_pack_comes_to_what_it_comes_to_alone(name):
     check_pack([TrialConfig(**{**SMALL, **own}) for own in CASES[name]])
 
 
+@pytest.mark.parametrize("name", ["optimizers", "policies", "a short last group", "quotient"])
+def test_so_it_does_where_nothing_is_compiled(name):
+    check_pack([TrialConfig(**{**SMALL, **own}) for own in CASES[name]], native=False)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_steps_run_as_machine_code_but_for_those_that_sort(name):
+    pack = pack_of(trials([TrialConfig(**{**SMALL, **own}) for own in CASES[name]]))
+    config = pack.lanes[0].config
+    assert pack.machine_code == (config.coverage_term != "ranked" and not config.lambda_spread)
+
+
 def test_trials_of_other_seeds_may_have_other_data():
     check_pack([TrialConfig(**SMALL)] * 4, [0, 1, 2, 1], own)
 
@@ -277,10 +291,12 @@ def test_neither_place_nor_neighbours_nor_their_number_matter(order, count):
     configs = [TrialConfig(**{**base, "learning_rate": 10.0 ** -(1 + place)}) for place in range(3)]
     configs += [TrialConfig(**base, optimizer="sgd"), TrialConfig(**base, gradient_policy="project")]
     members = trials(configs)
+    # As machine code one trial is computed after another, and not even a rounding differs.
+    tolerance = {"rtol": 0.0, "atol": 0.0} if has_compiler() else {"rtol": TIGHT, "atol": 1e-12}
     everyone = weights_by_key(members)
     for key, weights in weights_by_key([members[place] for place in order[:count]]).items():
         for name, item in weights.items():
-            torch.testing.assert_close(item, everyone[key][name], rtol=TIGHT, atol=1e-12)
+            torch.testing.assert_close(item, everyone[key][name], **tolerance)
 
 
 def spoiled(seed: int, bad_row: int = 0) -> Mapping[str, Split]:
