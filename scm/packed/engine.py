@@ -36,12 +36,12 @@ from scm.packed.lanes import (
     build_first_model,
     look_at,
 )
+from scm.packed.optimizers import has_native_way
 from scm.packed.program import BoundStep, Program
 from scm.packed.reports import Judged, PackEpoch
 from scm.packed.seats import MARKS, Seats, Shared, seated, streak_limit
 from scm.packed.streams import row_orders, threshold_shares, thresholds
 from scm.packed.table import EpochSums, EpochTable
-from scm.packed.toolchain import has_compiler
 from scm.packed.traced import Programs, TracedPack
 from scm.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from scm.trial import make_curriculum, make_training_loss
@@ -89,7 +89,7 @@ class PackedTrainer:
         self._loss_of = loss_of
         self._programs = {} if programs is None else programs
         self._compiled = compiled
-        self._native = native and not compiled and self.device.type == "cpu" and has_compiler()
+        self._native = native and not compiled and self.device.type == "cpu" and has_native_way()
         self._begin()
         for trial in trials:
             self.refill(trial)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from scm.packed.row_kernels import RowKernel
+from scm.packed.row_kernels import RowKernel, rule_library
+from scm.packed.toolchain import ToolchainError
 from scm.trial_config import TrialConfig
 
 EPSILON = 1e-8
@@ -311,6 +312,15 @@ class Way(NamedTuple):
     by_row: bool
     compiled: bool = False
     native: bool = False
+
+
+def has_native_way() -> bool:
+    """Say whether steps can be taken as machine code here."""
+    try:
+        rule_library(EPSILON, SMOOTHING)
+    except ToolchainError:
+        return False
+    return True
 
 
 def usual_way(device: torch.device, *, compiled: bool = False, native: bool = False) -> Way:

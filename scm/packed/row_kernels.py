@@ -89,6 +89,16 @@ void rmsprop_@T(long first, long last, char **at, const long *by, char *none) {
 """
 
 
+def rule_library(epsilon: float, smoothing: float) -> ctypes.CDLL:
+    """Return all rules, compiled; ToolchainError where they cannot be."""
+    text = _TEXT + "".join(
+        f"#define SQRT_{kind} {root}\n"
+        + _RULES.replace("@T", kind).replace("@EPSILON", epsilon.hex()).replace("@SMOOTHING", smoothing.hex())
+        for kind, root in (("float", "sqrtf"), ("double", "sqrt"))
+    )
+    return load_library(text)
+
+
 class RowKernel:
     """A rule as machine code, on matrices of weights and state that stay where they are.
 
@@ -106,14 +116,7 @@ class RowKernel:
         epsilon: float,
         smoothing: float,
     ) -> None:
-        text = _TEXT + "".join(
-            f"#define SQRT_{kind} {root}\n"
-            + _RULES.replace("@T", kind)
-            .replace("@EPSILON", epsilon.hex())
-            .replace("@SMOOTHING", smoothing.hex())
-            for kind, root in (("float", "sqrtf"), ("double", "sqrt"))
-        )
-        self._step = getattr(load_library(text), f"{rule}_{_KINDS[weights.dtype]}")
+        self._step = getattr(rule_library(epsilon, smoothing), f"{rule}_{_KINDS[weights.dtype]}")
         self._step.argtypes = (ctypes.c_long, ctypes.c_long, *[ctypes.c_void_p] * 3)
         self._step.restype = None
         self._shares = row_shares(len(weights))

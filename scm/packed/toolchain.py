@@ -5,6 +5,7 @@ What is compiled is decided by the callers. Where there is no compiler, they do 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -42,7 +44,10 @@ def load_library(text: str) -> ctypes.CDLL:
     path = _folder() / f"{name}.so"
     if not path.exists():
         _compile(command, text, path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ToolchainError(f"{path} could not be loaded: {error}") from error
 
 
 def has_compiler() -> bool:
@@ -78,7 +83,10 @@ def _takes(command: tuple[str, ...]) -> bool:
 
 def _compile(command: tuple[str, ...], text: str, path: Path) -> None:
     """Compile beside and rename, so that nobody loads half a library."""
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".so", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".so", dir=path.parent)
+    except OSError as error:
+        raise ToolchainError(f"{path.parent} cannot be written to: {error}") from error
     os.close(handle)
     beside = Path(name)
     try:
@@ -100,16 +108,31 @@ def _compile(command: tuple[str, ...], text: str, path: Path) -> None:
 
 @functools.cache
 def _folder() -> Path:
-    """Return the folder of compiled libraries, which is the user's own: what lies in it is run."""
+    """Return the folder of compiled libraries: what lies in it is run, so it must be the user's own.
+
+    Where it is not, or cannot be written to, the process makes one for itself.
+    """
     given = os.environ.get(CACHE_VARIABLE)
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(given) if given else Path(home).expanduser() / "scm-harness" / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        if _is_own(folder):
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="scm-native-"))
+        pass
+    made = Path(tempfile.mkdtemp(prefix="scm-native-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def _is_own(folder: Path) -> bool:
+    """Say whether nobody else can put a library there."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _processor() -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scm.packed.batches import COLUMNS
 from scm.packed.functions import LossOf, TrialFunctions
 from scm.packed.lanes import NotPackable
-from scm.packed.program import Known, PerTrial, Program, ProgramError, agree, trace_program
+from scm.packed.program import Known, PerTrial, Program, ProgramError, first_apart, trace_program
 from scm.packed.seats import Seats, Shared
 from scm.packed.toolchain import ToolchainError
 from scm.packed.words import LoweringError
@@ -109,7 +109,7 @@ def _as_native(program: Program, example: Mapping[str, Tensor]) -> Program:
         found = native.run(example)
     except (LoweringError, ToolchainError):
         return program
-    return native if agree(found, program.run(example)) else program
+    return native if first_apart(found, program.run(example)) is None else program
 
 
 def _example(seats: Seats, rows: int, known: Mapping[str, Known]) -> dict[str, Tensor]:

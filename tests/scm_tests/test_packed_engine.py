@@ -238,6 +238,14 @@ def test_steps_run_as_machine_code_but_for_those_that_sort(name):
     assert pack.machine_code == (config.coverage_term != "ranked" and not config.lambda_spread)
 
 
+@pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
+@pytest.mark.parametrize("width", range(3, 12))
+def test_single_precision_does_not_keep_steps_from_machine_code(width):
+    """Which form runs must not depend on who is in the pack: the two differ by roundings."""
+    small = {**SMALL, "dtype": "float32", "hidden_width": width}
+    assert pack_of(trials([TrialConfig(**small)] * 2)).machine_code
+
+
 def test_trials_of_other_seeds_may_have_other_data():
     check_pack([TrialConfig(**SMALL)] * 4, [0, 1, 2, 1], own)
 
@@ -587,11 +595,42 @@ _FORMS = st.fixed_dictionaries(
 )
 
 
+def trained_weights(member: PackTrial, *, moved: bool = False) -> dict[str, Tensor]:
+    """The weights after a training alone; `moved` begins it with the first ones a rounding away."""
+    source = torch.Generator().manual_seed(0)
+
+    def build_moved() -> nn.Module:
+        model = build(member.config)
+        with torch.no_grad():
+            for held in model.parameters() if moved else ():
+                signs = torch.randn(held.shape, generator=source, dtype=held.dtype).sign()
+                held.mul_(1.0 + torch.finfo(held.dtype).eps * signs)
+        return model
+
+    data = shared(member.seed)
+    trainer = make_trainer(member.config, member.seed, build_moved, data["train"], data["val"])
+    list(trainer.epochs())
+    assert trainer.optimizer_steps == 200
+    return trainer.model.state_dict()
+
+
+def distances(one: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far weights are from the right ones, relative to the largest of their tensor."""
+    return {
+        name: float((one[name] - item).abs().max() / item.abs().max().clamp(min=1e-300))
+        for name, item in right.items()
+    }
+
+
 @pytest.mark.slow
 @given(_FORMS, st.lists(_CONFIGS, min_size=2, max_size=5))
 @settings(max_examples=12)
 def test_after_two_hundred_steps_the_weights_are_within_a_billionth(form, members):
-    """Random configs, each against itself alone: 200 optimizer steps in float64."""
+    """Random configs, each against itself alone: 200 optimizer steps in float64.
+
+    Some trainings enlarge a rounding more than that: Adam divides by the size of gradients, be they zero but
+    for rounding. What a training alone makes of its first weights moved by one rounding is the measure then.
+    """
     steps = form["gradient_accumulation_steps"]
     size = {"batch_size": 16 // steps, "max_epochs": 50, "control_warmup_steps": 20}
     configs, seeds = [], []
@@ -603,11 +642,8 @@ def test_after_two_hundred_steps_the_weights_are_within_a_billionth(form, member
     for _ in pack.epochs():
         found = {key: dict(pack.model_of(key).state_dict()) for key in pack.keys}
     for member in trials(configs, seeds):
-        data = shared(member.seed)
-        config = member.config
-        trainer = make_trainer(config, member.seed, lambda c=config: build(c), data["train"], data["val"])
-        list(trainer.epochs())
-        assert trainer.optimizer_steps == 200
-        for name, item in trainer.model.state_dict().items():
-            error = float((found[member.key][name] - item).abs().max() / item.abs().max().clamp(min=1e-300))
-            assert error <= TIGHT, (member.config, name)
+        right = trained_weights(member)
+        apart = distances(found[member.key], right)
+        if max(apart.values()) > TIGHT:
+            enlarged = max(distances(trained_weights(member, moved=True), right).values())
+            assert max(apart.values()) <= max(TIGHT, 10.0 * enlarged), (member.config, apart)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Mapping
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from scm.packed import toolchain
+from scm.data import Split
+from scm.models import make_model
+from scm.packed import PackedTrainer, PackTrial, row_kernels, toolchain
 from scm.packed.optimizers import PackOptimizer, Way
 from scm.packed.program import Known, trace_program
 from scm.packed.toolchain import ToolchainError, has_compiler, load_library
 from scm.packed.words import LoweringError
+from scm.training.targets import lift_semantic_targets
 from scm.trial_config import TrialConfig
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
@@ -209,3 +213,35 @@ def test_a_text_is_compiled_once_on_a_machine(tmp_path, monkeypatch):
         assert [item.name for item in tmp_path.iterdir()] == [library.name]
     finally:
         load_library.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="there are no owners of files here")
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
+def test_libraries_are_not_taken_from_where_others_can_put_them(tmp_path, monkeypatch, mode):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    monkeypatch.setenv(toolchain.CACHE_VARIABLE, str(shared))
+    toolchain._folder.cache_clear()
+    load_library.cache_clear()
+    try:
+        load_library("int one(void) { return 1; }\n")
+        assert not list(shared.iterdir())
+    finally:
+        toolchain._folder.cache_clear()
+        load_library.cache_clear()
+
+
+def test_where_nothing_can_be_compiled_packs_run_all_the_same(monkeypatch):
+    def refuse(text: str) -> None:
+        raise ToolchainError("there is no compiler")
+
+    monkeypatch.setattr(row_kernels, "load_library", refuse)
+    targets = lift_semantic_targets(torch.randn(8), torch.zeros(8, dtype=torch.int64))
+    split = Split(torch.randn(8, 2), targets)
+    config = TrialConfig(max_epochs=2, hidden_width=4)
+    pack = PackedTrainer(
+        [PackTrial(config, 0, "one")], lambda own: make_model(own, 2), lambda _: {"train": split}
+    )
+    assert [epoch.status for epoch in pack.epochs()] == [["running"], ["completed"]]
+    assert not pack.machine_code
