@@ -38,11 +38,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
 import torch
+from benchmark_arguments import file_to_write, positive
 from torch import nn
 
 from scm.data import Split
@@ -424,21 +424,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="three seeds and a coarse grid")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--workers", type=_positive, help="trainings at once (default: one per core)")
-    parser.add_argument("--json", type=_file_to_write, help="write everything that was measured here")
+    parser.add_argument("--workers", type=positive, help="trainings at once (default: one per core)")
+    parser.add_argument("--json", type=file_to_write, help="write everything that was measured here")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def _file_to_write(text: str) -> Path:
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
-    return Path(text)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from benchmark_arguments import device, file_to_write
 from grid_outcomes import OUTCOMES, grid_task
 from injected_failures import FAILURES, Case, Found, Setting
 
@@ -268,10 +269,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="one seed instead of three")
     parser.add_argument("--ids", nargs="+", choices=list(CASES), default=list(CASES), metavar="ID")
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu, or cuda[:i]; default cpu")
-    parser.add_argument("--json", type=_file_to_write, help="write every row to this file")
-    parser.add_argument("--parquet", type=_file_to_write, help="write every row to this file, typed")
-    parser.add_argument("--markdown", type=_file_to_write, help="write the tables to this file")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, or cuda[:i]; default cpu")
+    parser.add_argument("--json", type=file_to_write, help="write every row to this file")
+    parser.add_argument("--parquet", type=file_to_write, help="write every row to this file, typed")
+    parser.add_argument("--markdown", type=file_to_write, help="write the tables to this file")
     return parser
 
 
@@ -280,23 +281,6 @@ def _targets_text() -> str:
     for case in CASES.values():
         lines.append(f"    {case.id:<10} {', '.join(map(str, case.targets))}")
     return "\n".join(lines)
-
-
-def _device(text: str) -> str:
-    kind, _, number = text.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda[:i], got {text!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("there is no cuda here")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"there are {torch.cuda.device_count()} cuda devices, got {text!r}")
-    return text
-
-
-def _file_to_write(text: str) -> Path:
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
-    return Path(text)
 
 
 if __name__ == "__main__":

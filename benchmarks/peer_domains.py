@@ -31,6 +31,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from benchmark_arguments import file_to_write, positive
 
 from harness.environment import ray_session
 from harness.plan import ResourcesSection, load_plan
@@ -413,8 +414,8 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--quick", const="quick", help="few candidates and seeds", **to_run)
     size.add_argument("--paper", const="paper", help="the sizes of the published runs", **to_run)
     parser.add_argument("--domains", nargs="+", choices=list(DOMAINS), default=list(DOMAINS))
-    parser.add_argument("--workers", type=_positive, help="trials at once (default: one per core)")
-    parser.add_argument("--json", type=_file_to_write, help="write everything that was measured here")
+    parser.add_argument("--workers", type=positive, help="trials at once (default: one per core)")
+    parser.add_argument("--json", type=file_to_write, help="write everything that was measured here")
     return parser
 
 
@@ -426,18 +427,6 @@ def _targets_text() -> str:
         for size, targets in domain.targets.items():
             lines.append(f"    {name:<6} {size:<6} {', '.join(map(str, targets))}")
     return "\n".join(lines)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
-    return int(text)
-
-
-def _file_to_write(text: str) -> Path:
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
-    return Path(text)
 
 
 if __name__ == "__main__":

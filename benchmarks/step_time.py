@@ -26,11 +26,11 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from benchmark_arguments import device, file_to_write
 from torch import Tensor, nn
 
 import scm.losses
@@ -247,27 +247,10 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a few runs of few steps: a check, not a measurement"
     )
     parser.add_argument(
-        "--device", type=_device, help="cpu, or cuda[:i]; without it the CPU, and a GPU if there is one"
+        "--device", type=device, help="cpu, or cuda[:i]; without it the CPU, and a GPU if there is one"
     )
-    parser.add_argument("--json", type=_file_to_write, help="write the numbers to this file as well")
+    parser.add_argument("--json", type=file_to_write, help="write the numbers to this file as well")
     return parser
-
-
-def _device(text: str) -> str:
-    kind, _, number = text.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda[:i], got {text!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("there is no cuda here")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"there are {torch.cuda.device_count()} cuda devices, got {text!r}")
-    return text
-
-
-def _file_to_write(text: str) -> Path:
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
-    return Path(text)
 
 
 if __name__ == "__main__":

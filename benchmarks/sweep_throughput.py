@@ -59,6 +59,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from benchmark_arguments import file_to_write
 from scipy import stats
 from torch import Tensor, nn
 
@@ -966,8 +967,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", type=_device, default="cpu", help="cpu (the default), or cuda, which must be there"
     )
-    parser.add_argument("--json", type=_file_to_write, help="write the numbers to this file as well")
-    parser.add_argument("--markdown", type=_file_to_write, help="write the tables to this file as well")
+    parser.add_argument("--json", type=file_to_write, help="write the numbers to this file as well")
+    parser.add_argument("--markdown", type=file_to_write, help="write the tables to this file as well")
     # How the benchmark starts an arm in a process of its own: its name, a file to read, a file to write.
     parser.add_argument("--arm", nargs=3, help=argparse.SUPPRESS)
     return parser
@@ -979,12 +980,6 @@ def _device(text: str) -> str:
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("there is no cuda here")
     return text
-
-
-def _file_to_write(text: str) -> Path:
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
-    return Path(text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What the columns are used for is decided in `projective_rational`, `scm_rational
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 
-class BasisFunction:
+class BasisFunction(ABC):
     """Turns x of shape (...) into columns of shape (..., degree + 1), one for each basis function."""
 
+    @abstractmethod
     def __call__(self, x: Tensor, degree: int) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(x, degree)")
+        """Return the columns of x up to this degree."""
 
     def largest_argument(self, degree: int, dtype: torch.dtype) -> float | None:
         """Largest |x| whose columns are all finite in `dtype`; None where that has no closed form."""

@@ -370,7 +370,7 @@ def join_results(graph: fx.Graph, results: Sequence[fx.Node], matrix: fx.Node) -
         graph.call_function(torch.cat, (flat, 1), {"out": matrix})
 
 
-_PURE_VIEWS = frozenset(
+PURE_VIEWS = frozenset(
     {
         aten.view.default,
         aten.expand.default,
@@ -386,11 +386,12 @@ _PURE_VIEWS = frozenset(
         aten.alias.default,
     }
 )
+"""Operations that surely show their operand's memory."""
 
 
 def is_view(node: fx.Node) -> bool:
     """Say whether the node surely shows its operand's memory, so that what is written there shows in it."""
-    return node.op == "call_function" and node.target in _PURE_VIEWS
+    return node.op == "call_function" and node.target in PURE_VIEWS
 
 
 def is_zeros(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from scm.packed.cblocks import VECTOR, prelude
-from scm.packed.graphs import meta_of
+from scm.packed.graphs import PURE_VIEWS, meta_of
 from scm.packed.places import (
     Arena,
     Form,
@@ -710,24 +710,7 @@ def _power_of_number(writer: _Writer, node: fx.Node) -> Place:
     return result
 
 
-_VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.expand.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.permute.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.detach.default,
-        aten.alias.default,
-    }
-)
+_VIEWS = PURE_VIEWS | {aten._unsafe_view.default, aten.reshape.default}
 # Those under which numbers stay in their order.
 _PLAIN_VIEWS = frozenset(
     {

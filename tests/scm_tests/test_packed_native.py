@@ -33,7 +33,7 @@ def as_both(function, held: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return program.native().run(held), vmap(function)(held)
 
 
-def same(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+def assert_same(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
     assert found.keys() == right.keys()
     for name, item in right.items():
         torch.testing.assert_close(found[name], item, rtol=1e-12, atol=1e-14, equal_nan=True)
@@ -68,7 +68,7 @@ def test_each_operation_says_what_torch_says_also_of_what_is_no_number(name, row
         return torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (6, rows), generator=source)].double()
 
     held = {"x": draw(), "y": draw()}
-    same(*as_both(lambda held: {"z": POINTWISE[name](held["x"], held["y"])}, held))
+    assert_same(*as_both(lambda held: {"z": POINTWISE[name](held["x"], held["y"])}, held))
 
 
 SHAPES = {
@@ -100,7 +100,7 @@ def test_however_values_lie_each_is_read_where_it_is(name, shape):
     def function(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {str(number): item.clone() for number, item in enumerate(SHAPES[name](held["x"]))}
 
-    same(*as_both(function, held))
+    assert_same(*as_both(function, held))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -193,7 +193,7 @@ def test_rows_take_the_steps_that_torch_takes_and_only_those_that_are_taken(opti
         torch.testing.assert_close(*held, rtol=1e-12, atol=1e-14)
     for config, one, two in zip(configs, *(own.states() for own in both), strict=True):
         looked_at = [name for name in one if name != "velocity" or config.momentum]
-        same({name: one[name] for name in looked_at}, {name: two[name] for name in looked_at})
+        assert_same({name: one[name] for name in looked_at}, {name: two[name] for name in looked_at})
 
 
 def test_a_text_is_compiled_once_on_a_machine(tmp_path, monkeypatch):

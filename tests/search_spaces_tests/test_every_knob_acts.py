@@ -190,7 +190,10 @@ def test_every_draw_trains_a_model_that_can_say_bottom(draw):
     config = space.sample(
         torch.rand(len(space.dimensions), generator=generator, dtype=torch.float64).tolist()
     )
-    outcome(config)
+    weights, bottom, answers = outcome(config)
+    assert all(bool(weight.isfinite().all()) for weight in weights)
+    assert len(bottom) == len(answers) == len(HELD_OUT)
+    assert not bool(answers[bottom].any())
 
 
 def test_the_problem_holds_what_knobs_act_on():

@@ -64,7 +64,8 @@ def test_every_draw_is_a_valid_training(name, data):
     size = len(space.dimensions)
     config = space.sample(data.draw(st.lists(st.floats(0.0, 1.0), min_size=size, max_size=size)))
     space.validate(config)
-    TrialConfig.from_flat(config)
+    trained = TrialConfig.from_flat(config)
+    assert {name: getattr(trained, name) for name in config} == config
 
 
 @pytest.mark.parametrize("name, knob", KNOBS_IN_SPACES, ids=[knob for _, knob in KNOBS_IN_SPACES])

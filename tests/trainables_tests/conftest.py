@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,8 +66,20 @@ def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleTyp
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")  # a script finds what lies beside it
         monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses look up their annotations
         spec.loader.exec_module(module)
         return module
 
     return load
+
+
+@pytest.fixture
+def with_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that can be found and imported, whether installed or not; nothing in it is called."""
+    peer = ModuleType("zeroproofml")
+    peer.__spec__ = ModuleSpec("zeroproofml", None)
+    monkeypatch.setitem(sys.modules, "zeroproofml", peer)
+    for part in ("losses", "training"):
+        monkeypatch.setitem(sys.modules, f"zeroproofml.{part}", ModuleType(f"zeroproofml.{part}"))
+        monkeypatch.setattr(peer, part, None, raising=False)

@@ -240,33 +240,6 @@ def test_without_the_puzzles_there_are_no_outcomes(
     assert bench.main(["--quick", "--ids", "F1a"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "gpu"], "--device: must be cpu or cuda[:i], got 'gpu'"),
-        (["--device", "cuda"], "--device: there is no cuda here"),
-        (["--ids", "F11"], "--ids: invalid choice: 'F11'"),
-        (["--json", "no_such_folder/out.json"], "--json: there is no folder no_such_folder"),
-        (["--parquet", "no_such_folder/a.parquet"], "--parquet: there is no folder no_such_folder"),
-        (["--markdown", "no_such_folder/a.md"], "--markdown: there is no folder no_such_folder"),
-    ],
-    ids=["unknown device", "absent device", "id", "json", "parquet", "markdown"],
-)
-def test_bad_arguments_are_refused_before_anything_runs(
-    bench: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """What would fail after a minute of measuring is refused at the start, in one line."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as caught:
-        bench.main(arguments)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_the_help_states_the_targets(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever asks what the benchmark wants is told every bound of every case, and the exit codes."""
     with pytest.raises(SystemExit):

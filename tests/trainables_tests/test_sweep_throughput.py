@@ -32,14 +32,6 @@ def bench(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def with_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that can be found, whether installed or not; nothing in it is called."""
-    found = ModuleType("zeroproofml")
-    found.__spec__ = object()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "zeroproofml", found)
-
-
-@pytest.fixture
 def tiny(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick size with hardly anything to do."""
     amount = bench.Amount(2, 2, 3, 3, ((4, 2),), (), 2, (2, 4), 1)
@@ -108,32 +100,6 @@ def test_an_arm_that_fails_is_no_missed_target(
     monkeypatch.setattr(bench, "PARTS", {**_parts(bench), "throughput": fail})
     assert bench.main(["--quick"]) == 2
     assert "ended with 1: no memory left" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "gpu"], "--device: must be cpu or cuda, got 'gpu'"),
-        (["--device", "cuda"], "--device: there is no cuda here"),
-        (["--json", "no_such_folder/out.json"], "--json: there is no folder no_such_folder"),
-        (["--part", "half"], "--part: invalid choice: 'half'"),
-    ],
-    ids=["unknown", "absent", "json", "part"],
-)
-@pytest.mark.usefixtures("with_peer")
-def test_bad_arguments_are_refused_before_anything_runs(
-    bench: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """A device that is not there is an error of its own code, never taken for a missed target."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as caught:
-        bench.main(arguments)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def test_the_help_states_the_targets(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
