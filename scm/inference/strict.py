@@ -279,8 +279,9 @@ def _matched(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     if P.ndim < Q.ndim:
         raise ValueError(rule)
     try:
-        leading = torch.broadcast_shapes(P.shape[: Q.ndim], Q.shape)
-    except RuntimeError as error:
+        # torch's own would import sympy on its first call, a quarter of a second
+        leading = np.broadcast_shapes(P.shape[: Q.ndim], Q.shape)
+    except ValueError as error:
         raise ValueError(rule) from error
     return P.expand(*leading, *P.shape[Q.ndim :]), Q.expand(leading)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call
 
 from scm.autodiff.policies import gradient_policy, policies_disabled
 from scm.losses.terms import LossTerms
@@ -114,7 +114,7 @@ class TrialFunctions:
 
     @property
     def gradients(self) -> dict[str, str]:
-        """The outputs of `train` that make a row of gradients, in order, and an input of each one's form."""
+        """The gradients of the loss that make a row, in order, and the input that each is by."""
         return {f"gradient.{name}": f"parameter.{name}" for name in self.parameters}
 
     def known_still(self) -> dict[str, Known]:
@@ -124,15 +124,11 @@ class TrialFunctions:
         return when | dict.fromkeys((*own, *self.numbers()), Known.PACK)
 
     def train(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return loss, P, Q, the gradient of each parameter, and what companions carry on."""
+        """Return loss, P, Q, and what companions carry on; `gradients` are found from the loss."""
         parameters = {name: held[f"parameter.{name}"] for name in self.parameters}
-
-        def objective(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            with self._policy(held):
-                return self._objective(parameters, held)
-
-        gradients, (loss, beside) = grad_and_value(objective, has_aux=True)(parameters)
-        return {"loss": loss, **beside, **{f"gradient.{name}": item for name, item in gradients.items()}}
+        with self._policy(held):
+            loss, beside = self._objective(parameters, held)
+        return {"loss": loss, **beside}
 
     def validate(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return loss, P and Q on held-out rows, at the threshold `tau`, without policy or companions."""

@@ -22,6 +22,11 @@ def meta_of(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else None
 
 
+def device_of(node: Any) -> torch.device | None:
+    """Return where a node's value lies; None of no tensor."""
+    return node.meta.get("device") if isinstance(node, fx.Node) else None
+
+
 def attribute(module: fx.GraphModule, target: str) -> Any:
     """Return what a ``get_attr`` node of the module's graph reads."""
     held: Any = module
@@ -54,7 +59,11 @@ def _same_form(node: fx.Node, other: fx.Node, *, anywhere: bool = False) -> bool
     one, two = meta_of(node), meta_of(other)
     if not isinstance(one, Tensor) or not isinstance(two, Tensor):
         return False
-    return one.shape == two.shape and one.dtype == two.dtype and (anywhere or one.device == two.device)
+    return (
+        one.shape == two.shape
+        and one.dtype == two.dtype
+        and (anywhere or device_of(node) == device_of(other))
+    )
 
 
 _VIEWS = (
@@ -337,19 +346,19 @@ def plan_buffers(graph: fx.Graph, lanes: int) -> list[Buffer]:
 def _buffer_of(node: fx.Node, lanes: int) -> Buffer | None:
     value = meta_of(node)
     known = node.op == "call_function" and (node.target in _INTO or node.target is aten._to_copy.default)
-    if not known or not isinstance(value, Tensor) or not value.ndim or value.shape[0] % lanes:
+    device = device_of(node)
+    if not known or device is None or not value.ndim or value.shape[0] % lanes:
         return None
     if node.target is aten._to_copy.default and not _changes_dtype_alone(node):
         return None
-    return Buffer(value.shape[0] // lanes, tuple(value.shape[1:]), value.dtype, value.device)
+    return Buffer(value.shape[0] // lanes, tuple(value.shape[1:]), value.dtype, device)
 
 
 def _changes_dtype_alone(node: fx.Node) -> bool:
     if not set(node.kwargs) <= {"dtype", "layout", "device"}:
         return False
     device, layout = node.kwargs.get("device"), node.kwargs.get("layout", torch.strided)
-    source = meta_of(node.args[0])
-    stays = device is None or (isinstance(source, Tensor) and source.device == device)
+    stays = device is None or device_of(node.args[0]) == device
     return stays and layout is torch.strided and "dtype" in node.kwargs
 
 

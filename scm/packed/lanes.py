@@ -161,11 +161,12 @@ _PLAIN = (
 @lru_cache(maxsize=256)
 def rate_shares(schedule: str, max_epochs: int) -> tuple[float, ...]:
     """Return the share of the learning rate that torch's own schedule leaves after 0, 1, ... moves."""
+    if schedule == "constant":  # an optimizer imports the compiler, which takes a second
+        return (1.0,)
     config = TrialConfig(lr_schedule=schedule, max_epochs=max_epochs, learning_rate=1.0)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     scheduler = make_scheduler(config, optimizer)
-    if scheduler is None:
-        return (1.0,)
+    assert scheduler is not None
     shares = [1.0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for a step of an optimizer that trains nothing

@@ -1,6 +1,6 @@
 """One trial's computation, traced once, as a program of a few batched operations for any number of trials.
 
-`torch.func.vmap` decides what the operations are; here they are recorded (``make_fx``), freed of what
+`torch.func.vmap` decides what the operations are; here they are recorded (`recording`), freed of what
 computes nothing, parted into what can be computed ahead for many steps at once and what must wait for the
 step, and called without the layers in between, which cost four fifths of a small model's time. What is
 computed is decided by the function that is given; there is no second formula of anything.
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 from torch.func import vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from scm.packed.graphs import (
     Buffer,
@@ -30,9 +29,12 @@ from scm.packed.graphs import (
     write_in_place,
 )
 from scm.packed.native import NativeGraph
+from scm.packed.recording import DependsOnValuesError, record
 
 PerTrial = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Inputs of one trial by name -> outputs of one trial by name."""
+AllTrials = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""The same of many trials, which are the first dimension of everything."""
 
 
 class ProgramError(ValueError):
@@ -197,12 +199,14 @@ def trace_program(
     example: Mapping[str, Tensor],
     known: Mapping[str, Known],
     *,
+    gradients: Mapping[str, str] | None = None,
     joined: Mapping[str, str] | None = None,
     in_place: bool = True,
 ) -> Program:
     """Trace `function` of one trial; `example` holds its inputs for some trials, at least 6.
 
-    joined: outputs that are to be written into one matrix, in this order, and an input of the form of each.
+    gradients: further outputs, each the gradient of the output "loss" by the named input. joined: outputs
+    that are to be written into one matrix, in this order, and an input of the form of each.
     in_place: whether memory is planned by hand (a compiler does it better itself).
 
     Raises ProgramError, with the reason, for a function that `vmap` cannot run, that draws random numbers or
@@ -213,15 +217,16 @@ def trace_program(
     traced = [value.index_select(0, rows.to(value.device)) for value in example.values()]
     names = list(example)
     outputs: list[str] = []
+    of_all = for_all(function, gradients or {})
 
-    def of_all(*values: Tensor) -> tuple[Tensor, ...]:
-        made = vmap(function)(dict(zip(names, values, strict=True)))
+    def of_tensors(*values: Tensor) -> tuple[Tensor, ...]:
+        made = of_all(dict(zip(names, values, strict=True)))
         outputs[:] = list(made)
         return tuple(made.values())
 
     # Whatever stops vmap or the tracer is a reason to train the trial alone, and comes as many types.
     try:
-        module = make_fx(of_all)(*traced)
+        module = record(of_tensors, traced)
     except Exception as error:
         raise ProgramError(_why(error)) from error
     _check_pure(module.graph)
@@ -229,13 +234,34 @@ def trace_program(
     free_lanes(module.graph, lanes)
     told = _Names(tuple(names), tuple(outputs), dict(known), dict(joined or {}), in_place)
     program = Program(module, told, lanes)
-    _check_agrees(program, function, example)
+    _check_agrees(program, of_all, example)
     return program
+
+
+def for_all(function: PerTrial, gradients: Mapping[str, str]) -> AllTrials:
+    """Return a function of one trial as one of many, with gradients of its "loss", each by an input.
+
+    No trial's loss depends on another's inputs, so that one backward pass is everybody's; ``torch.func.grad``
+    would import the compiler, a second in every process.
+    """
+
+    def of_all(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not gradients:
+            return dict(vmap(function)(held))
+        with torch.enable_grad():
+            sources = {name: held[name].detach().requires_grad_() for name in gradients.values()}
+            made = dict(vmap(function)({**held, **sources}))
+            found = torch.autograd.grad(made["loss"].sum(), list(sources.values()), materialize_grads=True)
+        made = {name: item.detach() for name, item in made.items()}
+        return made | dict(zip(gradients, found, strict=True))
+
+    return of_all
 
 
 def _why(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if ".item()" in text or "data-dependent" in text or "Boolean value" in text:
+    asks = ".item()" in text or "data-dependent" in text or "Boolean value" in text
+    if asks or isinstance(error, DependsOnValuesError):
         return "its control flow depends on the values of tensors"
     if "randomness" in text:
         return "it draws random numbers"
@@ -260,12 +286,12 @@ def _check_pure(graph: fx.Graph) -> None:
             raise ProgramError(f"it changes tensors in place, as running statistics are changed ({name})")
 
 
-def _check_agrees(program: Program, function: PerTrial, example: Mapping[str, Tensor]) -> None:
-    """Compare the program with the function under vmap, for numbers of trials that were not traced."""
+def _check_agrees(program: Program, of_all: AllTrials, example: Mapping[str, Tensor]) -> None:
+    """Compare the program with what it was traced of, for numbers of trials that were not traced."""
     count = len(next(iter(example.values())))
     for lanes in (2, min(count, 5)):
         held = {name: value[:lanes] for name, value in example.items()}
-        found, right = program.run(held), vmap(function)(held)
+        found, right = program.run(held), of_all(held)
         name = first_apart(found, right)
         if name is not None:
             raise ProgramError(f"its batched form does not agree with it in {name!r}")

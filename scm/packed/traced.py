@@ -73,7 +73,7 @@ class TracedPack:
         seats: Seats,
         function: PerTrial,
         known: Mapping[str, Known],
-        joined: Mapping[str, str],
+        gradients: Mapping[str, str],
     ) -> Program:
         compiles = self._compiled and kind == "train"
         shared = self._shared
@@ -91,7 +91,9 @@ class TracedPack:
         if held is None:
             example = _example(seats, rows, known)
             try:
-                held = trace_program(function, example, known, joined=joined, in_place=not compiles)
+                held = trace_program(
+                    function, example, known, gradients=gradients, joined=gradients, in_place=not compiles
+                )
             except ProgramError as error:
                 raise NotPackable(seats.lanes[0].trial.key, str(error)) from error
             if compiles:
