@@ -33,6 +33,11 @@ class Parcel:
     device: str
     members: Sequence[Member] = field(repr=False)
 
+    def take_members(self) -> Sequence[Member]:
+        """Give the members away: Tune sends the config of a trial back with every report, and keeps both."""
+        members, self.members = self.members, ()
+        return members
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Parcel:
         return self
 
@@ -75,12 +80,6 @@ class PackTrainable(tune.Trainable):
                 self._hear(told, heard)
         return {"report": ray.put(heard), "done": self._run.done}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: states travel with the reports."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing: states travel with the packs."""
-
     def cleanup(self) -> None:
         """Let go of the pack; loaded data go with the process."""
         del self._run
@@ -95,13 +94,14 @@ class PackTrainable(tune.Trainable):
             return loaded.task, loaded.splits
 
         shelf = self._shelves.setdefault(json.dumps(spec, sort_keys=True, default=str), Shelf())
-        self._seeds = {member.trial_id: member.seed for member in parcel.members}
+        members = parcel.take_members()
+        self._seeds = {member.trial_id: member.seed for member in members}
         self._place = {
             **place_of_trial(parcel.device),
             "started_at": datetime.now(UTC),
             "node_id": ray.get_runtime_context().get_node_id(),
         }
-        self._run = PackRun(parcel.members, load, parcel.device, pack_id=parcel.pack_id, shelf=shelf)
+        self._run = PackRun(members, load, parcel.device, pack_id=parcel.pack_id, shelf=shelf)
 
     def _hear(self, told: Told, heard: dict[str, Report]) -> None:
         """Add what a trial said to its report."""

@@ -64,9 +64,11 @@ def run_packs(
             name=f"sweep-{uuid.uuid4().hex[:8]}",
             storage_path=str(session.scratch / "tune"),
             callbacks=[DriverCallback(link)],
-            failure_config=tune.FailureConfig(
-                max_failures=0
-            ),  # the board retries, wherever a worker was lost
+            # States travel with the reports; a checkpoint would keep the last report of every pack, and with
+            # it an object of Ray's, to the end of the run.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            # The board retries, wherever a worker was lost.
+            failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
     )
@@ -129,7 +131,7 @@ class DriverLink:
 
     def _forget(self, tune_id: str, parcel: Parcel) -> None:
         del self._packs[tune_id]
-        parcel.members = ()  # Tune keeps every trial's config to the end of the run
+        parcel.take_members()
 
     def tick(self) -> None:
         """A turn of Tune's loop has passed."""
