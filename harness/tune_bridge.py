@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
@@ -180,10 +181,14 @@ class PackSearcher(Searcher):
         """Nothing: a run goes on from its rows."""
 
 
-class DriverCallback(tune.Callback):
-    """Carries what happens to Tune trials to the board, in the driver."""
+class DriverCallback(TrialProgressCallback):
+    """Carries what happens to Tune trials to the board, in the driver.
+
+    Where it finds none of this class, Tune adds one that prints, and keeps every trial to the end of the run.
+    """
 
     def __init__(self, link: DriverLink) -> None:
+        super().__init__()
         self._link = link
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -197,7 +202,7 @@ class DriverCallback(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
     ) -> None:
-        """A report; it is taken out of the result, which Tune keeps for each trial to the end of the run."""
+        """A report; it is taken out of the result, which Tune keeps as the trial's last."""
         report = result.pop("report", None)
         if report is not None:
             self._link.reported(trial.trial_id, report)
@@ -212,7 +217,7 @@ class DriverCallback(tune.Callback):
 
 
 class WarmActorScheduler(FIFOScheduler):
-    """First in, first out; and actors stay warm between batches.
+    """First in, first out; actors stay warm between batches, and Tune forgets the trials that have ended.
 
     Tune keeps one idle actor and stops the others when nothing is pending, as at the end of a batch that must
     be learned from. Starting one again costs seconds, so the cache is told to keep as many as can run.
@@ -231,6 +236,20 @@ class WarmActorScheduler(FIFOScheduler):
         if self._actors and cache is not None:
             cache.increase_max(trial.placement_group_factory, self._actors)
             self._actors = 0
+        forget_ended(tune_controller)
+
+
+def forget_ended(tune_controller: Any) -> None:
+    """Take the trials that have ended out of Tune's collections, where it has them under these names.
+
+    It would keep some 25 kB of each to the end of the run, and then write all of them into one file; a trial
+    that trains alone is a whole one of Tune's.
+    """
+    trials = getattr(tune_controller, "_trials", [])
+    ended = {trial for trial in trials if trial.is_finished()}
+    trials[:] = [trial for trial in trials if trial not in ended]
+    for name in ("_stopped_trials", "_failed_trials", "_trials_to_cache"):
+        getattr(tune_controller, name, set()).difference_update(ended)
 
 
 def error_text(trial: Trial) -> str:

@@ -1,15 +1,23 @@
-"""What the driver makes of what Ray tells it, without a Ray."""
+"""What the driver makes of what Ray tells it, and what Ray's Tune keeps of a sweep."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.tune.experiment import Trial
 
 from harness.jobs import Report, Segment, TrialSpec
-from harness.segments import Parcel
-from harness.tune_bridge import DriverLink
+from harness.plan import load_plan
+from harness.proposals import full_config
+from harness.segments import PackTrainable, Parcel
+from harness.sweep import make_parcel, run_sweep
+from harness.tune_bridge import DriverCallback, DriverLink
 
 SEGMENT = Segment(TrialSpec("a-s0", "a", 0, 0, {}), until=1, state=None)
 
@@ -69,3 +77,39 @@ def test_reports_reach_the_board_and_the_rest_of_a_pack_is_lost(monkeypatch: pyt
     link.lost("tune-1", "its worker died")
     link.lost("tune-1", "and Tune says so again")
     assert board.told == ["state", None, "its worker died"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_sends_no_member_of_its_pack_back(write_plan: Callable[..., Path]) -> None:
+    """Tune puts the config of a trial into every result, and keeps it: a million configs would add up."""
+    plan = load_plan(write_plan())
+    config, active = full_config(plan.config)
+    spec = TrialSpec("a-s0", "a", 0, 0, config, active)
+    parcel = make_parcel(plan, [Segment(spec, until=None, state=None, alone=True)])
+    worker = PackTrainable({"parcel": parcel})
+    assert worker.train()["config"]["parcel"].members == ()
+    worker.stop()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_tune_keeps_no_trial_that_has_ended(
+    write_plan: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that trains alone is one of Tune's, and leaves nothing of that size behind."""
+    seen: weakref.WeakSet[Trial] = weakref.WeakSet()
+    counts = []
+    complete = DriverCallback.on_trial_complete
+
+    def counted(callback: DriverCallback, trial: Trial, **info: Any) -> None:
+        complete(callback, trial=trial, **info)
+        seen.add(trial)
+        gc.collect()
+        counts.append(len(seen))
+
+    monkeypatch.setattr(DriverCallback, "on_trial_complete", counted)
+    plan = write_plan(
+        search={"algorithm": "random", "configs": 12, "batch": 12}, seeds=[0], packs={"size": 1}
+    )
+    assert run_sweep(load_plan(plan), tmp_path / "run").rows == 12
+    assert len(counts) == 12
+    assert max(counts) <= 4  # of two workers
