@@ -248,7 +248,7 @@ class JobBoard:
         """Take in what a segment said; a report without outcome says how far it is and that it goes on."""
         progress = self._trials[segment.trial.trial_id]
         for said in report.epochs:
-            progress.epochs[int(said["epoch"])] = dict(said)
+            progress.epochs[int(said["epoch"])] = said
             if self._on_epoch is not None:
                 self._on_epoch(progress.spec, said)
         if report.outcome is None:

@@ -19,6 +19,7 @@ class SearchProposer:
     """Draws the batches of a plan's search, a trial per config and seed, and tells the searcher the results.
 
     Two draws that differ only in knobs without effect are one config: it is trained once, and both are told.
+    A search that does not learn is told nothing: what stays here of its configs is that they were drawn.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -26,8 +27,8 @@ class SearchProposer:
         self._searcher = make_plan_searcher(plan)
         self._metrics = [parse_metric(text).name for text in plan.search.objectives]
         self._identity = task_identity(plan)
-        self._untold: dict[str, str] = {}  # what the searcher calls a config -> config_id
-        self._objectives: dict[str, Objective] = {}
+        self._untold: dict[str, str] = {}  # what a searcher that learns calls a config -> config_id
+        self._objectives: dict[str, Objective] = {}  # for such a searcher, which may draw a config again
         self._known: set[str] = set()
 
     @property
@@ -46,7 +47,8 @@ class SearchProposer:
                 # A fixed knob holds for every config, also where the space would not have drawn it.
                 full, active = full_config({**self._plan.config, **drawn})
                 identity, new = self._new_trials(full, active, cohort)
-                self._untold[config_id(drawn)] = identity
+                if self.waits:
+                    self._untold[config_id(drawn)] = identity
                 specs += new
             if specs:
                 return specs
@@ -74,9 +76,11 @@ class SearchProposer:
         for identity, outcomes in rows.items():
             budget = self._plan.ranking.nan_budget
             try:
-                self._objectives[identity] = objective_of_rows(outcomes, self._metrics, budget)
+                objective = objective_of_rows(outcomes, self._metrics, budget)
             except ValueError as error:
                 raise UserError(f"search.objectives: {one_line(error)}") from None
+            if self.waits:
+                self._objectives[identity] = objective
         self._tell()
 
     def config_id(self, config: Mapping[str, Any]) -> str:
@@ -87,16 +91,8 @@ class SearchProposer:
         return config_id({**self._identity, **active})
 
     def _tell(self) -> None:
-        # A search that does not learn draws ahead, and may draw again what still runs in another batch: such
-        # a draw is told when that batch has ended.
-        results = {
-            name: self._objectives[identity]
-            for name, identity in self._untold.items()
-            if identity in self._objectives
-        }
-        for name in results:
-            del self._untold[name]
-        self._searcher.tell(results.items())
+        self._searcher.tell((name, self._objectives[identity]) for name, identity in self._untold.items())
+        self._untold.clear()
 
 
 def make_plan_searcher(plan: Plan) -> Searcher:

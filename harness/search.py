@@ -43,7 +43,7 @@ class Searcher(ABC):
         """The number of the batch that was drawn last, from 0."""
         self.drawn: dict[str, None] = {}
         """The id of every config given so far, in the order in which they were given."""
-        self._open: dict[str, None] = {}
+        self._open: dict[str, None] = {}  # of those, the ones whose results are awaited, to learn from them
         self._results: dict[str, Objective] = {}
 
     def next_batch(self) -> list[Config]:
@@ -51,14 +51,16 @@ class Searcher(ABC):
 
         Raises ValueError where the searcher learns and results of the last batch are missing.
         """
-        if self.learns and self._open:
+        if self._open:
             raise ValueError(
                 f"all results must be told before the next batch, missing {', '.join(self._open)}"
             )
         wanted = min(self.batch, self.count - len(self.drawn))
         batch = []
         for identity, config in islice(self._draw_new(), max(0, wanted)):
-            self.drawn[identity] = self._open[identity] = None
+            self.drawn[identity] = None
+            if self.learns:
+                self._open[identity] = None
             batch.append(config)
         self.cohort += bool(batch)
         return batch
@@ -66,7 +68,7 @@ class Searcher(ABC):
     def tell(self, results: Iterable[tuple[str, Objective]]) -> None:
         """Take in results by config_id, in any order; those already told change nothing.
 
-        Raises ValueError for a config that this searcher did not draw.
+        One that does not learn need not be told. Raises ValueError for a config that was not drawn here.
         """
         for identity, objective in results:
             self._check(objective)

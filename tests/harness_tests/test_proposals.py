@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +152,15 @@ def test_an_objective_may_say_its_direction(write_plan: Callable[..., Path]) -> 
 
 
 class CountedSearcher:
-    """A searcher that does not learn: two batches, whose draws differ in a knob without effect alone."""
+    """Three batches, of which the second holds nothing new, and what it was told of them."""
 
-    learns = False
-
-    def __init__(self) -> None:
+    def __init__(self, learns: bool) -> None:
+        self.learns = learns
         self.cohort = -1
         self.told: list[str] = []
         self._batches = [
             [{"optimizer": "adam", "momentum": 0.5}],
+            [{"optimizer": "adam", "momentum": 0.7}],
             [{"optimizer": "adam", "momentum": 0.9}, {"optimizer": "sgd", "momentum": 0.9}],
         ]
 
@@ -168,21 +168,26 @@ class CountedSearcher:
         self.cohort += 1
         return self._batches.pop(0) if self._batches else []
 
-    def tell(self, results: list[tuple[str, Objective]]) -> None:
+    def tell(self, results: Iterable[tuple[str, Objective]]) -> None:
         self.told += [name for name, _ in results]
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["in order", "the later batch first"])
-def test_a_config_drawn_again_while_it_trains_is_trained_once_and_told_twice(
-    first: int, write_plan: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("learns", "told"), [(True, [1, 2, 4]), (False, [0, 0, 0])])
+def test_a_config_drawn_again_is_trained_once_and_told_every_time(
+    learns: bool, told: list[int], write_plan: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches drawn ahead may hold a config that still runs: no second training, and no telling is lost."""
-    searcher = CountedSearcher()
+    """A search that learns is told each of its draws; one that does not is told nothing."""
+    searcher = CountedSearcher(learns)
     monkeypatch.setattr("harness.proposals.make_plan_searcher", lambda plan: searcher)
     proposer = SearchProposer(load_plan(write_plan(space=["optimizer"], seeds=[0], config={"max_epochs": 1})))
-    one, two = proposer.next_batch(), proposer.next_batch()
-    assert [len(one), len(two)] == [1, 1]
-    ended = [{spec.trial_id: end(spec) for spec in specs} for specs in (one, two)]
-    for cohort in (first, 1 - first):
-        proposer.batch_ended(cohort, ended[cohort])
-    assert len(searcher.told) == len(set(searcher.told)) == 3
+    counts = []
+    one = proposer.next_batch()
+    proposer.batch_ended(0, {spec.trial_id: end(spec) for spec in one})
+    counts.append(len(searcher.told))
+    two = proposer.next_batch()
+    counts.append(len(searcher.told))
+    proposer.batch_ended(2, {spec.trial_id: end(spec) for spec in two})
+    counts.append(len(searcher.told))
+    assert [spec.config["optimizer"] for spec in [*one, *two]] == ["adam", "sgd"]
+    assert counts == told
+    assert len(set(searcher.told)) == len(searcher.told)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,17 @@ import pytest
 
 from harness.cli.main import main
 from harness.errors import EXIT_NOTHING_COMPLETED, EXIT_OK, EXIT_RUN_FOLDER
-from harness.jobs import EndedTrial
+from harness.jobs import EndedTrial, Packing, Report
 from harness.plan import load_plan, plan_digest
+from harness.progress import Tally
+from harness.proposals import SearchProposer
 from harness.sink import RunSink
-from harness.sweep import run_sweep
+from harness.sweep import make_board, run_sweep
+from reports.fragments import FRAGMENT_ROWS
 from reports.history import read_history
 from reports.rows import RowWriter, read_rows
 from reports.schema import missing_columns
+from trainables.trial import empty_outcome
 
 # What may differ between two runs of one plan: clocks, places, and the run itself.
 OF_THE_RUN = {
@@ -227,3 +233,31 @@ def test_a_run_folder_that_vanishes_is_one_line(
         patch.setattr(RunSink, "write", remove)
         assert main(["sweep", str(plan), "--out", str(out)]) == EXIT_RUN_FOLDER
     assert "cannot be written: No such file or directory" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_has_ended_leaves_its_names_and_little_else(
+    write_plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Board, search, tally and sink keep less than 500 bytes of each: half a gigabyte of a million."""
+    space = {"domains": {"learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2}}}
+    search = {"algorithm": "random", "configs": 3 * FRAGMENT_ROWS, "batch": FRAGMENT_ROWS}
+    plan = load_plan(write_plan(space=space, search=search, seeds=[0]))
+    sink = RunSink(tmp_path / "run", plan, run_id="r", provenance={}, data_digests={})
+    tally = Tally(plan.search.configs, plan.seeds)
+    packing = Packing(size=FRAGMENT_ROWS, key=lambda trial: "one")
+    board = make_board(plan, SearchProposer(plan), sink, tally, {}, packing=packing)
+
+    def run_pack() -> int:
+        """Report a whole pack, whose rows fill a fragment; return the bytes that are held afterwards."""
+        for segment in board.next_pack():
+            outcome = empty_outcome(segment.trial.config) | {"status": "completed"}
+            board.reported(segment, Report([{"epoch": 1, "val_loss": 1.0}], outcome))
+        sink.flush()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    first, _, last = (run_pack() for _ in range(3))
+    tracemalloc.stop()
+    assert tally.done == 3 * FRAGMENT_ROWS
+    assert (last - first) / (2 * FRAGMENT_ROWS) < 500
