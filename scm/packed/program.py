@@ -212,27 +212,39 @@ def trace_program(
     Raises ProgramError, with the reason, for a function that `vmap` cannot run, that draws random numbers or
     changes its inputs, or whose program would not agree with it.
     """
+    # Whatever stops vmap, the tracer or what is made of its graph is a reason to train the trial alone, and
+    # comes as many types, other ones with every torch.
+    try:
+        return _traced(for_all(function, gradients or {}), example, known, joined or {}, in_place)
+    except ProgramError:
+        raise
+    except Exception as error:
+        raise ProgramError(_why(error)) from error
+
+
+def _traced(
+    of_all: AllTrials,
+    example: Mapping[str, Tensor],
+    known: Mapping[str, Known],
+    joined: Mapping[str, str],
+    in_place: bool,
+) -> Program:
     lanes = _number_to_trace(example.values())
     rows = torch.arange(lanes) % len(next(iter(example.values())))
     traced = [value.index_select(0, rows.to(value.device)) for value in example.values()]
     names = list(example)
     outputs: list[str] = []
-    of_all = for_all(function, gradients or {})
 
     def of_tensors(*values: Tensor) -> tuple[Tensor, ...]:
         made = of_all(dict(zip(names, values, strict=True)))
         outputs[:] = list(made)
         return tuple(made.values())
 
-    # Whatever stops vmap or the tracer is a reason to train the trial alone, and comes as many types.
-    try:
-        module = record(of_tensors, traced)
-    except Exception as error:
-        raise ProgramError(_why(error)) from error
+    module = record(of_tensors, traced)
     _check_pure(module.graph)
     simplify(module)
     free_lanes(module.graph, lanes)
-    told = _Names(tuple(names), tuple(outputs), dict(known), dict(joined or {}), in_place)
+    told = _Names(tuple(names), tuple(outputs), dict(known), dict(joined), in_place)
     program = Program(module, told, lanes)
     _check_agrees(program, of_all, example)
     return program

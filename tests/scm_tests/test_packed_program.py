@@ -180,6 +180,21 @@ def test_what_cannot_be_batched_is_said_with_its_reason(function, reason):
         trace_program(function, {"x": torch.randn(6, 3)}, {"x": Known.STEP})
 
 
+@pytest.mark.parametrize(
+    "place", ["vmap", "record", "_check_pure", "simplify", "free_lanes", "Program", "_check_agrees"]
+)
+def test_whatever_is_raised_while_a_program_is_made_is_a_reason(place, monkeypatch):
+    """In every torch another operation may stop another part; the trials then train alone and say why."""
+
+    def stops(*arguments, **options):
+        raise AttributeError("torch.ops has no such operation")
+
+    monkeypatch.setattr(f"scm.packed.program.{place}", stops)
+    model = dense()
+    with pytest.raises(ProgramError, match="AttributeError: torch.ops has no such operation"):
+        trace_program(training_step(model), arguments(model, 6), known_of(model))
+
+
 def test_an_output_that_no_step_changes_is_refused_where_it_should_be_written():
     """A parameter without a part in the loss: torch's optimizers would leave it alone."""
     model = dense()

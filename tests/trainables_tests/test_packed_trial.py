@@ -430,6 +430,20 @@ def test_the_reason_of_the_engine_is_kept(table: Task, monkeypatch: pytest.Monke
     assert ends["0"]["status"] == "completed"
 
 
+def test_an_operation_that_this_torch_cannot_trace_makes_trials_train_alone(
+    table: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torch that cannot trace a term of the loss costs the pack, not the trial, and the row says why."""
+
+    def stops(*arguments: Any) -> None:
+        raise NotImplementedError("no batching rule")
+
+    monkeypatch.setattr("scm.packed.program.free_lanes", stops)
+    ends, _, _ = run_together(table, members_of(0, lambda_spread=0.1))
+    assert ends["0"]["pack_note"] == "NotImplementedError: no batching rule"
+    assert ends["0"]["status"] == "completed"
+
+
 def test_a_state_travels(table: Task, shelf: Shelf) -> None:
     """Pickled and back, it is where the trial goes on."""
     (member,) = members_of(0)
