@@ -46,11 +46,15 @@ def generator(seed: int, stream: str, device: str | torch.device = "cpu") -> tor
 
 @contextmanager
 def seeded_init(seed: int, stream: str = "init") -> Iterator[None]:
-    """Seed torch's global generators for the block, and put them back as they were when it ends.
+    """Seed the global generators of the CPU and the GPUs for the block, and put them back when it ends.
 
     For code that takes no generator, such as the initialisation of `torch.nn` modules.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed_for(seed, stream))
+        # Where there is no GPU, `torch.manual_seed` would take note of where each call came from, for the
+        # day on which there is one: that costs more than building a small model.
+        torch.default_generator.manual_seed(seed_for(seed, stream))
+        if devices:
+            torch.cuda.manual_seed_all(seed_for(seed, stream))
         yield
