@@ -29,18 +29,21 @@ def resolve_config(flat: Mapping[str, Any]) -> dict[str, Any]:
     >>> resolve_config({"max_epochs": 3, "task.data": "a.csv"})["task.data"]
     'a.csv'
     """
-    resolved: dict[str, Any] = dict(TrialConfig.from_flat(flat).to_flat())
+    return parse_config(flat)[1]
+
+
+def parse_config(flat: Mapping[str, Any]) -> tuple[TrialConfig, dict[str, Any]]:
+    """Give a config as a training takes it, and as `resolve_config` gives it; raises as that does."""
+    config = TrialConfig.from_flat(flat)
+    resolved: dict[str, Any] = dict(config.to_flat())
     resolved.update({name: value for name, value in flat.items() if is_task_key(name)})
-    return resolved
+    return config, resolved
 
 
 def resolve_and_activate(flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give what `resolve_config` and `active_knobs` give, looking at each value once; raises as they do."""
-    config = TrialConfig.from_flat(flat)
-    resolved: dict[str, Any] = dict(config.to_flat())
-    active = {name: resolved[name] for name in KNOBS if KNOBS[name].is_active(resolved)}
-    resolved.update({name: value for name, value in flat.items() if is_task_key(name)})
-    return resolved, active
+    _, resolved = parse_config(flat)
+    return resolved, {name: resolved[name] for name in KNOBS if KNOBS[name].is_active(resolved)}
 
 
 def active_knobs(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,9 +122,9 @@ def why_not_packable(config: TrialConfig, model: nn.Module, splits: Mapping[str,
     for name, refused in _REFUSED.items():
         if refused(config):
             return f"{name}={getattr(config, name)!r}"
-    active = config.active()
-    for name, value in active.items():
-        if name not in (OWN | IN_LOSS | SHARED | IN_MODEL) and value != KNOBS[name].default:
+    flat, known = config.to_flat(), OWN | IN_LOSS | SHARED | IN_MODEL
+    for name, value in flat.items():
+        if name not in known and value != KNOBS[name].default and KNOBS[name].is_active(flat):
             return f"{name}={value!r}"
     if config.restore_best and splits.get("val") is None:
         return "restore_best=True without a val split"
@@ -148,9 +148,9 @@ def pack_signature(config: TrialConfig, model: nn.Module, splits: Mapping[str, S
     Comparing `splits` keeps the epochs of a pack in step; trials of other seeds may have other data of the
     same shapes. Hashable; of use in one process, see `fingerprint`.
     """
-    active = config.active()
-    shared = tuple((name, active.get(name)) for name in sorted(SHARED))
-    given = tuple((name, getattr(config, name) is None) for name in sorted(IN_LOSS) if KNOBS[name].optional)
+    flat = config.to_flat()
+    shared = tuple((name, flat[name] if KNOBS[name].is_active(flat) else None) for name in sorted(SHARED))
+    given = tuple((name, flat[name] is None) for name in sorted(IN_LOSS) if KNOBS[name].optional)
     terms = tuple((name, getattr(config, name) > 0) for name in _TERMS)
     forms = tuple((name, split_form(split)) for name, split in sorted(splits.items()))
     return (shared, given, terms, forms, fingerprint(model))
