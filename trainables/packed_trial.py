@@ -33,7 +33,7 @@ from scm.training.bench import WARM_UP_STEPS
 from scm.training.companion import Moment
 from scm.trial import Decoded
 from scm.trial_config import KNOBS, TrialConfig
-from trainables.configs import resolve_config
+from trainables.configs import parse_config
 from trainables.tasks.protocol import Task
 from trainables.trial import (
     NAN,
@@ -208,8 +208,8 @@ class PackRun:
         if member.alone:
             return seat
         try:
-            seat.config = resolve_config(member.config)
-            trial = PackTrial(TrialConfig.from_flat(seat.config), member.seed, member.trial_id)
+            config, seat.config = parse_config(member.config)
+            trial = PackTrial(config, member.seed, member.trial_id)
             seat.entrant = look_at(trial, task.build_model, splits)
         except (Exception, SystemExit):  # it fails the same way alone, and says so in its outcome
             return seat
@@ -262,7 +262,6 @@ class _Seat:
     entrant: Entrant | None = None
     note: str = ""
     said: Mapping[str, Any] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
     spent_s: float = 0.0
     parameters: int = 0
@@ -291,12 +290,7 @@ class _Together:
         begun = time.perf_counter()
         trainer = self._trainer or self._make_trainer()
         epoch = next(self._epochs)
-        measured = self._measure("val", self.seats)
-        failed: dict[str, str] = {}
-        for seat in self.seats:
-            failure = self._take_epoch(seat, epoch, measured[seat.member.trial_id])
-            if failure is not None:
-                failed[seat.member.trial_id] = failure
+        failed = self._take_epoch(trainer, epoch)
         spent_s = (time.perf_counter() - begun) / len(self.seats)
         for seat in self.seats:
             seat.spent_s += spent_s
@@ -332,37 +326,37 @@ class _Together:
         self._trainer, self._epochs = trainer, trainer.epochs()
         return trainer
 
-    def _take_epoch(
-        self, seat: _Seat, epoch: PackEpoch, measured: tuple[dict[str, float], float] | BaseException
-    ) -> str | None:
-        """Note what a trial's epoch says; return the message of a task that failed to score it."""
-        assert self._trainer is not None
-        report = epoch.reports[seat.member.trial_id]
-        seat.counts = {f"nan_{kind}": count for kind, count in report.nan_counts.items()}
-        if isinstance(measured, BaseException):
-            return error_line(measured)
-        metrics, coverage = measured
-        seat.said = {
-            "epoch": report.epoch + 1,
-            "loss": report.train["loss"],
-            "val_loss": NAN if report.val is None else report.val["val_loss"],
-            "coverage": coverage,
-            **metrics,
-            "nan_count": sum(report.nan_counts.values()),
-            "lr": report.train["lr"],
-            "step_time_ms": NAN,  # nothing inside of a pack is measured alone
-            **self._telemetry(seat),
-        }
-        return None
-
-    def _telemetry(self, seat: _Seat) -> dict[str, float]:
-        assert self._trainer is not None
-        said = self._trainer.telemetry(seat.member.trial_id)
-        return {f"{TELEMETRY_PREFIX}{name}": value for name, value in said.items()}
+    def _take_epoch(self, trainer: PackedTrainer, epoch: PackEpoch) -> dict[str, str]:
+        """Note what each trial's epoch says; return, by trial, the message of a task that failed to score it."""
+        measured = self._measure("val", self.seats)
+        columns = (epoch.epoch, epoch.loss, epoch.val_loss, epoch.nan_count, epoch.learning_rate)
+        told = dict(zip(epoch.keys, zip(*columns, trainer.telemetry(), strict=True), strict=True))
+        failed: dict[str, str] = {}
+        for seat in self.seats:
+            key = seat.member.trial_id
+            found = measured[key]
+            if isinstance(found, BaseException):
+                failed[key] = error_line(found)
+                continue
+            number, loss, val_loss, nan_count, rate, telemetry = told[key]
+            metrics, coverage = found
+            seat.said = {
+                "epoch": number + 1,
+                "loss": loss,
+                "val_loss": val_loss,
+                "coverage": coverage,
+                **metrics,
+                "nan_count": nan_count,
+                "lr": rate,
+                "step_time_ms": NAN,  # nothing inside of a pack is measured alone
+                **{f"{TELEMETRY_PREFIX}{name}": value for name, value in telemetry.items()},
+            }
+        return failed
 
     def _end_some(self, trainer: PackedTrainer, failed: Mapping[str, str]) -> list[Told]:
         """Return what all said, with outcomes of those that have ended, or reached the epoch to pause at."""
-        ending, pausing = [], []
+        ending: list[_Seat] = []
+        pausing: dict[str, _Seat] = {}
         for seat in self.seats:
             key = seat.member.trial_id
             if key in failed:
@@ -370,12 +364,13 @@ class _Together:
             if trainer.lane(key).status != "running":
                 ending.append(seat)
             elif seat.member.until is not None and seat.said["epoch"] >= seat.member.until:
-                pausing.append(seat)
+                pausing[key] = seat
         states = split_state(trainer.state_dict()) if pausing else {}
         outcomes: dict[str, Mapping[str, Any]] = {}
         if ending or pausing:
-            tested = self._measure("test", [*ending, *pausing])
-            for seat in (*ending, *pausing):
+            those = [*ending, *pausing.values()]
+            tested = self._measure("test", those)
+            for seat in those:
                 outcomes[seat.member.trial_id] = self._outcome(seat, tested[seat.member.trial_id])
         told = []
         for seat in self.seats:
@@ -384,7 +379,7 @@ class _Together:
                 outcome = self._counted(seat) | {"status": "failed", "error": failed[key]}
                 told.append(Told(key, {}, outcome))
                 trainer.stop(key, "failed")
-            elif seat in pausing:
+            elif key in pausing:
                 state = replace(states[key], spent_s=seat.spent_s)
                 told.append(Told(key, seat.said, outcomes[key], state))
                 trainer.stop(key, "paused")
@@ -415,10 +410,11 @@ class _Together:
     def _counted(self, seat: _Seat) -> dict[str, Any]:
         """Give an outcome with what is known without scoring, as `TrialRun` does."""
         assert self._trainer is not None
+        lane = self._trainer.lane(seat.member.trial_id)
         return empty_outcome(seat.config) | {
-            **seat.counts,
-            "nan_count": sum(seat.counts.values()),
-            "nan_origin": self._trainer.lane(seat.member.trial_id).nan_origin,
+            **{f"nan_{kind}": count for kind, count in lane.nan_counts.items()},
+            "nan_count": sum(lane.nan_counts.values()),
+            "nan_origin": lane.nan_origin,
             "loss": seat.said.get("loss", NAN),
             "val_loss": seat.said.get("val_loss", NAN),
             "epochs": seat.said.get("epoch", 0),

@@ -56,7 +56,9 @@ def validated_trials(numbers: Tensor, sizes: list[int], taus: Sequence[float]) -
     rows = torch.tensor(sizes, dtype=torch.float64, device=numbers.device)
     losses = numbers[..., 0]
     finite = torch.isfinite(losses)
-    weighed, weight = torch.where(finite, losses * rows, 0.0).sum(1), (finite * rows).sum(1)
+    # Batch after batch, as `validation_metrics` adds them: the sum is the same to the last bit.
+    weighed: Tensor = sum(torch.where(finite, losses * rows, 0.0).unbind(1), start=losses.new_zeros(()))
+    weight = (finite * rows).sum(1)
     # 0 over no finite batch is nan, as it is there.
     told = torch.stack([weighed / weight, 1.0 - numbers[..., 2].sum(1) / numbers[..., 1].sum(1)], dim=1)
     faults = numbers[..., 6].sum(1).tolist()

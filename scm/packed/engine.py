@@ -39,7 +39,7 @@ from scm.packed.lanes import (
 from scm.packed.optimizers import has_native_way
 from scm.packed.program import BoundStep, Program
 from scm.packed.reports import Judged, PackEpoch
-from scm.packed.seats import MARKS, Seats, Shared, seated, streak_limit
+from scm.packed.seats import Marks, Seats, Shared, seated, streak_limit
 from scm.packed.streams import row_orders, threshold_shares, thresholds
 from scm.packed.table import EpochSums, EpochTable
 from scm.packed.traced import Programs, TracedPack
@@ -118,7 +118,7 @@ class PackedTrainer:
     @property
     def keys(self) -> tuple[str, ...]:
         """The trials in the pack, in the order of everything that has one entry a trial."""
-        return tuple(lane.trial.key for lane in self.lanes)
+        return () if self._seats is None else self._seats.keys
 
     @property
     def machine_code(self) -> bool:
@@ -167,20 +167,21 @@ class PackedTrainer:
         self._shared.layout.put_row(model, self._seats.weights[place])
         return model.to(self.device)
 
-    def telemetry(self, key: str) -> dict[str, float]:
-        """Return what the companions of a trial say, by their own names; waits for the device."""
-        assert self._seats is not None
-        place = self._place(key)
-        lane, held = self.lanes[place], self._seats.held
-        said: dict[str, float] = {}
-        if lane.config.finite_action == "stop":
-            said |= lane.finite_telemetry()
+    def telemetry(self) -> list[dict[str, float]]:
+        """Return what the companions of each trial say, by their own names; waits for the device."""
+        if self._seats is None:
+            return []
+        lanes, held, config = self.lanes, self._seats.held, self._seats.shared.config
+        said = [lane.finite_telemetry() if lane.config.finite_action == "stop" else {} for lane in lanes]
         for item in CARRIED:
-            if item.is_on(lane.config):
-                own = {name: state[place].cpu() for name, state in item.own(held).items()}
-                said |= item.telemetry(lane.config, own, lane.epoch_steps)
-        if lane.config.coverage_control != "none":
-            said |= control_telemetry(held["control.state"][place].tolist())
+            if item.is_on(config):  # in all of a pack or in none
+                states = {name: state.cpu() for name, state in item.own(held).items()}
+                for place, lane in enumerate(lanes):
+                    own = {name: state[place] for name, state in states.items()}
+                    said[place] |= item.telemetry(lane.config, own, lane.epoch_steps)
+        if config.coverage_control != "none":
+            for own_said, state in zip(said, held["control.state"].tolist(), strict=True):
+                own_said |= control_telemetry(state)
         return said
 
     def decode(self, name: str) -> PackDecoded:
@@ -250,10 +251,10 @@ class PackedTrainer:
     # --- who is in the pack -------------------------------------------------------------------------
 
     def _place(self, key: str) -> int:
-        for place, lane in enumerate(self.lanes):
-            if lane.trial.key == key:
-                return place
-        raise KeyError(f"the pack must hold trial {key!r}, its trials are {', '.join(self.keys) or 'none'}")
+        places = {} if self._seats is None else self._seats.places
+        if key not in places:
+            raise KeyError(f"the pack must hold trial {key!r}, its trials are {', '.join(places) or 'none'}")
+        return places[key]
 
     def _splits_for(self, seed: int) -> Mapping[str, Split]:
         if seed not in self._splits:
@@ -299,23 +300,21 @@ class PackedTrainer:
             table = EpochTable(len(seats), self.device)
             steps = self._train_epoch(seats, told, table)
             sums = table.sums()
-            marks = {name: seats.held[name].tolist() for name in MARKS}
+            marks = seats.marks()
             bad_parameters = _count_bad_parameters(seats)
             step_ms = 1e3 * (time.perf_counter() - begun) / max(1, steps) / len(seats)
             validated = self._validate(seats, told) if seats.val is not None else None
         judged = []
         for place, lane in enumerate(seats.lanes):
-            own = {name: values[place] for name, values in marks.items()}
-            val = None if validated is None or bad_parameters[place] else validated[place]
-            _count_epoch(lane, sums[place], own, bad_parameters[place], val)
+            own, val = sums[place], None if validated is None or bad_parameters[place] else validated[place]
+            _count_epoch(lane, own, marks[place], bad_parameters[place], val)
+            epoch = lane.epoch
             if lane.status == "running":
-                self._judge(lane, seats.weights[place], own["streak"], sums[place], val)
-            said = Judged(lane.epoch, sums[place], rates[place], val, dict(lane.nan_counts), lane.status)
+                self._judge(seats, place, marks[place].streak, own, val)
             lane.epoch += 1
             if lane.status == "running" and lane.epoch >= lane.config.max_epochs:
                 lane.end("completed", "")
-                said = said._replace(status=lane.status)
-            judged.append(said)
+            judged.append(Judged(epoch, own, rates[place], val, dict(lane.nan_counts), lane.status))
         self._restore_best(seats)
         seats.looks = self.device.type == "cpu" or seats.must_look()
         return PackEpoch(self.keys, judged, step_ms)
@@ -510,9 +509,10 @@ class PackedTrainer:
         return dict(zip(program.outputs, joined, strict=True))
 
     def _judge(
-        self, lane: Lane, weights: Tensor, streak: int, sums: EpochSums, validated: Validated | None
+        self, seats: Seats, place: int, streak: int, sums: EpochSums, validated: Validated | None
     ) -> None:
         """Note the best epoch, and end a trial that has diverged or covers too little for too long."""
+        lane = seats.lanes[place]
         config, bad_parameters = lane.config, lane.nan_counts["parameter"]
         if bad_parameters:
             lane.end("diverged", f"{bad_parameters} parameters are not finite")
@@ -524,7 +524,7 @@ class PackedTrainer:
         if validated is not None and validated.loss < lane.best_val_loss:
             lane.best_epoch, lane.best_val_loss = lane.epoch, validated.loss
             if config.restore_best:
-                self._best[lane.trial.key] = weights.clone()
+                self._best[lane.trial.key] = seats.weights[place].clone()
         coverage = sums.coverage if validated is None else validated.coverage
         lane.short_epochs = lane.short_epochs + 1 if coverage < config.coverage_threshold else 0
         if lane.status == "running" and lane.short_epochs >= config.coverage_patience:
@@ -576,20 +576,20 @@ def _count_bad_parameters(seats: Seats) -> list[int]:
 
 
 def _count_epoch(
-    lane: Lane, sums: EpochSums, marks: Mapping[str, int], bad_parameters: int, validated: Validated | None
+    lane: Lane, sums: EpochSums, marks: Marks, bad_parameters: int, validated: Validated | None
 ) -> None:
     """Note what a trial met in an epoch."""
     lane.epoch_steps = int(sums.micro_batches)
     lane.global_step += lane.epoch_steps
-    lane.optimizer_steps = marks["steps"]
-    lane.skipped_steps = marks["loss_skips"] + marks["gradient_skips"]
-    lane.longest_streak = marks["longest_streak"]
+    lane.optimizer_steps = marks.steps
+    lane.skipped_steps = marks.loss_skips + marks.gradient_skips
+    lane.longest_streak = marks.longest_streak
     lane.bad_numerators += int(sums.bad_numerators)
     lane.bad_denominators += int(sums.bad_denominators)
     counts = lane.nan_counts
     counts["loss"] += int(sums.bad_losses)
     counts["output"] += int(sums.bad_outputs) + (0 if validated is None else validated.faults)
-    counts["gradient"] = marks["gradient_skips"]
+    counts["gradient"] = marks.gradient_skips
     counts["parameter"] = bad_parameters
     if lane.optimizer_steps:  # no schedule moves before the first step
         lane.schedule_moves += 1

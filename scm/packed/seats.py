@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +29,15 @@ from scm.packed.program import BoundStep, Program
 from scm.packed.stack import Layout
 from scm.trial_config import TrialConfig
 
-MARKS = ("loss_skips", "gradient_skips", "streak", "longest_streak", "steps")
-"""What is counted of each trial on the device: steps not taken for a bad loss or gradient, how many in a row,
-and steps taken."""
+
+class Marks(NamedTuple):
+    """What is counted of each trial on the device, step by step."""
+
+    loss_skips: int  # steps not taken for a bad loss
+    gradient_skips: int
+    streak: int  # of steps not taken, that has not ended
+    longest_streak: int
+    steps: int  # taken
 
 
 class Shared:
@@ -69,6 +76,8 @@ class Seats:
         where = torch.tensor(order, device=shared.device)
         self.shared = shared
         self.lanes = [lanes[place] for place in order]
+        self.keys = tuple(lane.trial.key for lane in self.lanes)
+        self.places = {key: place for place, key in enumerate(self.keys)}
         self.splits = [splits[place] for place in order]
         self.held = {name: item.index_select(0, where) for name, item in held.items()}
         self.configs = [lane.config for lane in self.lanes]
@@ -108,6 +117,11 @@ class Seats:
     def fixed(self) -> dict[str, Tensor]:
         """Return what of the models is not trained, as a traced function calls it."""
         return {name: held for name, held in self.held.items() if name.startswith("fixed.")}
+
+    def marks(self) -> list[Marks]:
+        """Return what was counted of each trial; waits for the device."""
+        counted = torch.stack([self.held[name] for name in Marks._fields], dim=1)
+        return [Marks(*row) for row in counted.tolist()]
 
     def stacked(self, name: str) -> StackedSplit:
         """Return a split of all trials, on the device."""
@@ -174,7 +188,7 @@ def first_rows(entrant: Entrant, layout: Layout) -> dict[str, Tensor]:
     """Return what is kept of a trial before its first step, by name."""
     config = entrant.trial.config
     rows = {"weights": layout.row_of(entrant.model)}
-    rows |= {name: torch.zeros((), dtype=torch.int64) for name in MARKS}
+    rows |= {name: torch.zeros((), dtype=torch.int64) for name in Marks._fields}
     rows |= {f"fixed.{name}": held for name, held in layout.fixed_of(entrant.model).items()}
     if config.coverage_control != "none":
         rows["control.state"] = first_state(config)
