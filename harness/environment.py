@@ -25,6 +25,7 @@ from typing import Any
 
 from harness.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, UserError, one_line
 from harness.plan import ResourcesSection
+from harness.warm_start import is_warm_start, wait_for_warm_workers, warm_start_settings
 
 CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 60.0
@@ -47,10 +48,14 @@ TUNE_SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A Ray that trials run on: how many fit at once, and a private folder for what Tune must put on disk."""
+    """A Ray that trials run on: how many fit at once, and a private folder for what Tune must put on disk.
+
+    is_warm: its workers have imported what trials need, and are waiting for them.
+    """
 
     concurrency: int
     scratch: Path
+    is_warm: bool = False
 
 
 def check_device(resources: ResourcesSection, address: str | None) -> None:
@@ -95,9 +100,17 @@ def check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def ray_session(resources: ResourcesSection, address: str | None) -> Iterator[Session]:
+    """As `starting_ray`; it is there when the block begins."""
+    with starting_ray(resources, address) as start:
+        yield start.session()
+
+
+@contextlib.contextmanager
+def starting_ray(resources: ResourcesSection, address: str | None) -> Iterator[RayStart]:
     """A Ray for the time of a `with` block; a local one is shut down at its end and leaves no file behind.
 
-    Without an address, a Ray that this process already runs is used and left running.
+    A local one starts while the block goes on: `RayStart.session` waits for it. Without an address, a Ray
+    that this process already runs is used and left running.
     """
     import ray
 
@@ -108,23 +121,84 @@ def ray_session(resources: ResourcesSection, address: str | None) -> Iterator[Se
     # A start that is interrupted leaves Ray's processes, and their files, to Ray's own exit handler; this one
     # is registered before it, and therefore runs after it.
     atexit.register(remove_folder, scratch, wait_s=3.0)
+    local = address is None and not joined
+    start = RayStart(resources, scratch, is_warm=local and is_warm_start(resources))
+    settings = TUNE_SETTINGS | (warm_start_settings(scratch) if start.is_warm else {})
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        with environment(TUNE_SETTINGS):
-            if not joined:
-                quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-                if address is None:
-                    ray.init(
-                        address="local", include_dashboard=False, _temp_dir=str(scratch / "ray"), **quiet
-                    )
-                else:
-                    ray.init(address=address, **quiet)
+        with environment(settings):
             try:
-                yield Session(fitting_trials(resources), scratch)
+                if local:
+                    start.begin(quiet)
+                elif not joined:
+                    ray.init(address=address, **quiet)
+                yield start
             finally:
                 if not joined:
-                    ray.shutdown()
+                    start.end()
     finally:
         remove_folder(scratch)
+
+
+class RayStart:
+    """A Ray that is there or on its way: a local one takes two seconds, mostly of waiting, in a thread.
+
+    That thread lives as long as its Ray, whose processes the system ends with the thread that made them.
+    """
+
+    def __init__(self, resources: ResourcesSection, scratch: Path, *, is_warm: bool) -> None:
+        self.is_warm = is_warm
+        self._resources = resources
+        self._scratch = scratch
+        self._failure: BaseException | None = None
+        self._is_here, self._is_over = threading.Event(), threading.Event()
+        self._is_here.set()
+
+    def session(self) -> Session:
+        """Wait until Ray is there; UserError where no trial fits into it."""
+        import ray
+
+        self._is_here.wait()
+        if self._failure is not None:
+            raise self._failure
+        if self.is_warm:
+            wait_for_warm_workers(self._scratch, int(ray.cluster_resources().get("CPU", 0)))
+        return Session(fitting_trials(self._resources), self._scratch, self.is_warm)
+
+    def begin(self, options: Mapping[str, Any]) -> None:
+        """Start a local Ray."""
+        self._is_here.clear()
+        threading.Thread(target=self._start, args=(options,), daemon=True).start()
+
+    def end(self) -> None:
+        """Shut down a Ray that was started or joined."""
+        import ray
+
+        self._is_here.wait(JOIN_TIMEOUT_S)
+        ray.shutdown()
+        self._is_over.set()
+
+    def _start(self, options: Mapping[str, Any]) -> None:
+        import ray
+
+        try:
+            folder = str(self._scratch / "ray")
+            ray.init(address="local", include_dashboard=False, _temp_dir=folder, **options)
+            stop_monitor()
+        except BaseException as error:  # raised in the thread that waits for it
+            self._failure = error
+        self._is_here.set()
+        self._is_over.wait()
+
+
+def stop_monitor() -> None:
+    """End the autoscaler's monitor of a local Ray: it scales nothing, and takes a second to end later."""
+    import ray
+
+    node = getattr(ray._private.worker, "_global_node", None)
+    kill_monitor = getattr(node, "kill_monitor", None)
+    if kill_monitor is not None:
+        kill_monitor(check_alive=False)
 
 
 def remove_folder(folder: Path, wait_s: float = 0.0) -> None:

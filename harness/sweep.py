@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.environment import check_address, check_device, ray_session, terminate_as_interrupt
+from harness.environment import check_address, check_device, starting_ray, terminate_as_interrupt
 from harness.errors import EXIT_RUN_FOLDER, UserError
 from harness.halving import RungBoard
 from harness.jobs import EndedTrial, JobBoard, Packing, Segment, TrialSpec
@@ -60,12 +60,16 @@ def run_sweep(
     check_folder(out, plan, resume=resume)
     proposer = SearchProposer(plan)
     check_device(plan.resources, address)
-    data_digests, rows = check_data(plan)
     if address is not None:
         check_address(address)
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminate_as_interrupt())
-        session = stack.enter_context(ray_session(plan.resources, address))
+        ray_start = stack.enter_context(starting_ray(plan.resources, address))
+        data_digests, rows = check_data(plan)
+
+        from harness.tune_bridge import run_packs
+
+        session = ray_start.session()
         provenance = gather_provenance()
         if not resume:
             create_run(out, plan, provenance)
@@ -83,8 +87,6 @@ def run_sweep(
         board = make_board(
             plan, proposer, sink, tally, written, on_epoch=on_epoch, packing=packing, notes=notes
         )
-
-        from harness.tune_bridge import run_packs
 
         def on_event() -> None:
             sink.flush_if_due()

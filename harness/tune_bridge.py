@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from harness.errors import one_line
 from harness.jobs import JobBoard, Report, Segment
 from harness.plan import ResourcesSection
 from harness.segments import PackTrainable, Parcel
+from harness.warm_start import workers_as_they_are
 
 MakeParcel = Callable[[list[Segment]], Parcel]
 
@@ -73,7 +74,8 @@ def run_packs(
             verbose=0,
         ),
     )
-    with quiet_tune(), terminate_as_interrupt():
+    workers = workers_as_they_are() if session.is_warm else nullcontext()
+    with quiet_tune(), terminate_as_interrupt(), workers:
         try:
             tuner.fit()
         except Exception:

@@ -327,7 +327,7 @@ class _Together:
         return trainer
 
     def _take_epoch(self, trainer: PackedTrainer, epoch: PackEpoch) -> dict[str, str]:
-        """Note what each trial's epoch says; return, by trial, the message of a task that failed to score it."""
+        """Note what each trial's epoch says; return, by trial, what a task that failed to score it said."""
         measured = self._measure("val", self.seats)
         columns = (epoch.epoch, epoch.loss, epoch.val_loss, epoch.nan_count, epoch.learning_rate)
         told = dict(zip(epoch.keys, zip(*columns, trainer.telemetry(), strict=True), strict=True))
