@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from scm.data import Split
 from scm.packed.eligibility import IN_LOSS, OWN
 from scm.packed.engine import PackedTrainer, Programs
-from scm.packed.lanes import Entrant, NotPackable, PackTrial, look_at
+from scm.packed.lanes import Entrant, FirstModels, NotPackable, PackTrial
 from scm.packed.reports import PackEpoch
 from scm.training.bench import WARM_UP_STEPS
 from scm.training.companion import Moment
@@ -159,7 +159,11 @@ class PackRun:
         self._told: list[Told] = []
         self._units: deque[_Together | _Alone] = deque()
         self._packs = 0
-        self._seat([self._look_at(member) for member in members])
+        sources: dict[int, _Source | BaseException] = {}
+        for member in members:
+            if member.seed not in sources:
+                sources[member.seed] = self._source(member.seed)
+        self._seat([self._look_at(member, sources[member.seed]) for member in members])
 
     @property
     def done(self) -> bool:
@@ -193,15 +197,20 @@ class PackRun:
         self.shelf.refused[unit.signature] = reason
         self._units.extendleft(_Alone(self, seat, reason) for seat in reversed(unit.seats))
 
-    def _look_at(self, member: Member) -> _Seat | None:
+    def _source(self, seed: int) -> _Source | BaseException:
         try:
-            task, splits = self._load(member.seed)
+            task, splits = self._load(seed)
         except (Exception, SystemExit) as error:  # a task that raises is an outcome of each of its trials
-            self._told.append(Told(member.trial_id, {}, failed_outcome(error, member.config)))
-            return None
+            return error
         if self.shelf.task is None:
             self.shelf.task = task
-        seat = _Seat(member, task, splits)
+        return _Source(task, splits, FirstModels(task.build_model))
+
+    def _look_at(self, member: Member, source: _Source | BaseException) -> _Seat | None:
+        if isinstance(source, BaseException):
+            self._told.append(Told(member.trial_id, {}, failed_outcome(source, member.config)))
+            return None
+        seat = _Seat(member, source.task, source.splits)
         if isinstance(member.state, AloneState):
             seat.note = member.state.note
             return seat
@@ -210,7 +219,7 @@ class PackRun:
         try:
             config, seat.config = parse_config(member.config)
             trial = PackTrial(config, member.seed, member.trial_id)
-            seat.entrant = look_at(trial, task.build_model, splits)
+            seat.entrant = source.first_models.look_at(trial, source.splits)
         except (Exception, SystemExit):  # it fails the same way alone, and says so in its outcome
             return seat
         seat.note = seat.entrant.reason or self.shelf.refused.get(seat.entrant.signature, "")
@@ -249,6 +258,14 @@ class PackRun:
             for part, time_ms in zip(parts, measured, strict=True):
                 times.setdefault(part, time_ms)
         return sum(times[part] for part in parts)
+
+
+class _Source(NamedTuple):
+    """What the trials of one seed are trained on, and what is built for them."""
+
+    task: Task
+    splits: Mapping[str, Split]
+    first_models: FirstModels
 
 
 @dataclass
@@ -327,7 +344,7 @@ class _Together:
         return trainer
 
     def _take_epoch(self, trainer: PackedTrainer, epoch: PackEpoch) -> dict[str, str]:
-        """Note what each trial's epoch says; return, by trial, what a task that failed to score it said."""
+        """Note what each trial's epoch says; return by trial what a task said that failed to score it."""
         measured = self._measure("val", self.seats)
         columns = (epoch.epoch, epoch.loss, epoch.val_loss, epoch.nan_count, epoch.learning_rate)
         told = dict(zip(epoch.keys, zip(*columns, trainer.telemetry(), strict=True), strict=True))

@@ -148,9 +148,14 @@ def pack_signature(config: TrialConfig, model: nn.Module, splits: Mapping[str, S
     Comparing `splits` keeps the epochs of a pack in step; trials of other seeds may have other data of the
     same shapes. Hashable; of use in one process, see `fingerprint`.
     """
+    return (*step_signature(config, splits), fingerprint(model))
+
+
+def step_signature(config: TrialConfig, splits: Mapping[str, Split]) -> tuple[Any, ...]:
+    """Return the part of `pack_signature` that is not the model's."""
     flat = config.to_flat()
     shared = tuple((name, flat[name] if KNOBS[name].is_active(flat) else None) for name in sorted(SHARED))
     given = tuple((name, flat[name] is None) for name in sorted(IN_LOSS) if KNOBS[name].optional)
     terms = tuple((name, getattr(config, name) > 0) for name in _TERMS)
     forms = tuple((name, split_form(split)) for name, split in sorted(splits.items()))
-    return (shared, given, terms, forms, fingerprint(model))
+    return (shared, given, terms, forms)

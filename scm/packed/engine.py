@@ -29,12 +29,12 @@ from scm.packed.gradients import clip_rows, is_finite
 from scm.packed.lanes import (
     BuildModel,
     Entrant,
+    FirstModels,
     Lane,
     NotPackable,
     PackTrial,
     SplitsOf,
     build_first_model,
-    look_at,
 )
 from scm.packed.optimizers import has_native_way
 from scm.packed.program import BoundStep, Program
@@ -96,6 +96,7 @@ class PackedTrainer:
         self._arrange()
 
     def _begin(self) -> None:
+        self._first_models = FirstModels(self._build_model)
         self._splits: dict[int, Mapping[str, Split]] = {}
         self._waiting: deque[Entrant] = deque()
         self._shared: Shared | None = None
@@ -134,7 +135,7 @@ class PackedTrainer:
 
     def look_at(self, trial: PackTrial) -> Entrant:
         """Look at a trial as `refill` does, without taking it in."""
-        return look_at(trial, self._build_model, self._splits_for(trial.seed))
+        return self._first_models.look_at(trial, self._splits_for(trial.seed))
 
     def refill(self, trial: PackTrial | Entrant) -> None:
         """Let a trial enter when the next epoch begins; NotPackable for one that this pack cannot train."""

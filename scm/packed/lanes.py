@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from scm.data import Split
-from scm.packed.eligibility import pack_signature, why_not_packable
-from scm.packed.stack import Layout
+from scm.packed.eligibility import step_signature, why_not_packable
+from scm.packed.stack import Layout, fingerprint
 from scm.seeding import seeded_init
 from scm.trial import DTYPES, make_scheduler
-from scm.trial_config import TrialConfig
+from scm.trial_config import KNOBS, TrialConfig
 
 BuildModel = Callable[[TrialConfig], nn.Module]
 SplitsOf = Callable[[int], Mapping[str, Split]]
@@ -64,16 +65,81 @@ def build_first_model(trial: PackTrial, build_model: BuildModel) -> nn.Module:
 
 def look_at(trial: PackTrial, build_model: BuildModel, splits: Mapping[str, Split]) -> Entrant:
     """Build a trial's model as `make_trainer` does, and say with which others it may be trained."""
-    config = trial.config
-    model = build_first_model(trial, build_model)
-    reason = why_not_packable(config, model, splits)
-    if reason is None:
-        try:
-            Layout(model)
-        except ValueError as error:
-            reason = str(error)
-    signature = () if reason is not None else pack_signature(config, model, splits)
-    return Entrant(trial, signature, reason, model, splits)
+    return FirstModels(build_model).look_at(trial, splits)
+
+
+class FirstModel(NamedTuple):
+    """A model with its first weights, and what is seen of it: why it has no layout, its `fingerprint`."""
+
+    model: nn.Module
+    refusal: str | None
+    print: Any
+
+
+class FirstModels:
+    """Looks at trials, and builds for those of one seed that differ in nothing the builder reads one model.
+
+    The models are for looking and for copying from: nobody trains them.
+    """
+
+    def __init__(self, build_model: BuildModel) -> None:
+        self._build_model = build_model
+        # By seed and by what was read of the config: the values of those knobs, and what came of them.
+        self._built: dict[tuple[int, tuple[str, ...]], dict[tuple[str, ...], FirstModel]] = {}
+
+    def look_at(self, trial: PackTrial, splits: Mapping[str, Split]) -> Entrant:
+        """Say with which others a trial may be trained, as `look_at` does."""
+        model, refusal, printed = self._of(trial)
+        reason = why_not_packable(trial.config, model, splits) or refusal
+        signature = () if reason is not None else (*step_signature(trial.config, splits), printed)
+        return Entrant(trial, signature, reason, model, splits)
+
+    def _of(self, trial: PackTrial) -> FirstModel:
+        for (seed, names), models in self._built.items():
+            found = models.get(_values(trial.config, names)) if seed == trial.seed else None
+            if found is not None:
+                return found
+        watched = _WatchedConfig.of(trial.config)
+        model = build_first_model(replace(trial, config=watched), self._build_model)
+        # A model that keeps its config may read it later on. Its fingerprint reads all that it keeps.
+        made = FirstModel(model, _refusal(model), fingerprint(model))
+        names = tuple(sorted(watched.read))
+        self._built.setdefault((trial.seed, names), {})[_values(trial.config, names)] = made
+        return made
+
+
+def _values(config: TrialConfig, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(repr(getattr(config, name)) for name in names)
+
+
+def _refusal(model: nn.Module) -> str | None:
+    try:
+        Layout(model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class _WatchedConfig(TrialConfig):
+    """A config that notes which of its knobs are read; a copy of it is made by reading all."""
+
+    __slots__ = ("read",)
+    read: set[str]
+
+    @classmethod
+    def of(cls, config: TrialConfig) -> _WatchedConfig:
+        """Return a config with the values of one, which are known to be right."""
+        watched = object.__new__(cls)
+        for name, value in config.to_flat().items():
+            object.__setattr__(watched, name, value)
+        object.__setattr__(watched, "read", set())
+        return watched
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in KNOBS:
+            with suppress(AttributeError):  # a copy notes nothing
+                object.__getattribute__(self, "read").add(name)
+        return object.__getattribute__(self, name)
 
 
 @dataclass

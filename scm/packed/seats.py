@@ -184,17 +184,23 @@ class Seats:
         return any(lane.skipped_steps and not lane.nan_origin for lane in self.lanes)
 
 
-def first_rows(entrant: Entrant, layout: Layout) -> dict[str, Tensor]:
-    """Return what is kept of a trial before its first step, by name."""
-    config = entrant.trial.config
-    rows = {"weights": layout.row_of(entrant.model)}
-    rows |= {name: torch.zeros((), dtype=torch.int64) for name in Marks._fields}
-    rows |= {f"fixed.{name}": held for name, held in layout.fixed_of(entrant.model).items()}
-    if config.coverage_control != "none":
-        rows["control.state"] = first_state(config)
+def first_rows(entrants: Sequence[Entrant], layout: Layout) -> dict[str, Tensor]:
+    """Return what is kept of trials before their first step, by name."""
+    configs = [entrant.trial.config for entrant in entrants]
+    distinct = {id(entrant.model): entrant.model for entrant in entrants}
+    first = {
+        key: {"weights": layout.row_of(model)}
+        | {f"fixed.{name}": held for name, held in layout.fixed_of(model).items()}
+        for key, model in distinct.items()
+    }
+    own = [first[id(entrant.model)] for entrant in entrants]
+    rows = {name: torch.stack([held[name] for held in own]) for name in own[0]}
+    rows |= {name: torch.zeros(len(entrants), dtype=torch.int64) for name in Marks._fields}
+    if configs[0].coverage_control != "none":
+        rows["control.state"] = torch.stack([first_state(config) for config in configs])
     for item in CARRIED:
-        if item.is_on(config):
-            rows |= item.first()
+        if item.is_on(configs[0]):  # in all of a pack or in none
+            rows |= {name: held.expand(len(entrants), *held.shape) for name, held in item.first().items()}
     return rows
 
 
@@ -218,9 +224,8 @@ def seated(
         where = torch.tensor(kept, dtype=torch.int64, device=shared.device)
         parts.append({name: held.index_select(0, where) for name, held in seats.held.items()})
     if entering:
-        firsts = [first_rows(entrant, shared.layout) for entrant in entering]
-        names = firsts[0]
-        parts.append({n: torch.stack([first[n] for first in firsts]).to(shared.device) for n in names})
+        firsts = first_rows(entering, shared.layout)
+        parts.append({name: held.to(shared.device) for name, held in firsts.items()})
     held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Seats(shared, lanes, held, states, splits)
 
