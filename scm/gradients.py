@@ -27,6 +27,11 @@ def flag_non_finite(groups: Groups, found: Tensor, one: Tensor) -> None:
             found += flag.to(found.device)
 
 
+def is_finite(values: Tensor) -> Tensor:
+    """Return where real numbers are finite: `torch.isfinite` in fewer operations."""
+    return values.abs() < torch.inf
+
+
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Group tensors by device and dtype, as the fused passes want them; sparse ones by their values."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from scm.data import Split
+from scm.gradients import is_finite
 from scm.packed.answers import PackDecoded, Validated, decode_rows, validated_trials, validation_numbers
 from scm.packed.batches import COLUMNS, StackedSplit
 from scm.packed.carried import CARRIED
 from scm.packed.control import begin_epoch, control_telemetry
 from scm.packed.diagnosis import MicroBatch, origin_of
 from scm.packed.functions import WEIGHTS, LossOf
-from scm.packed.gradients import clip_rows, is_finite
+from scm.packed.gradients import clip_rows
 from scm.packed.lanes import (
     BuildModel,
     Entrant,

@@ -20,11 +20,6 @@ class FiniteProbe:
         return torch.mv(rows, self._weights)
 
 
-def is_finite(values: Tensor) -> Tensor:
-    """Return where values are finite: `torch.isfinite` in fewer operations."""
-    return values.abs() < torch.inf
-
-
 def clip_rows(gradients: Tensor, limits: Tensor) -> None:
     """Scale each row in place so that its norm is at most its limit, (rows,) float64; inf does not clip.
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scm.gradients import is_finite
+
 METRICS = (
     "loss",
     "coverage",
@@ -145,7 +147,7 @@ def count_answers(numerators: Tensor, denominators: Tensor | None, taus: Tensor)
     numerators, denominators: the answers of K micro-batches, (K, samples, ...); taus: (K,), their thresholds.
     """
     numerators = _widened(numerators)
-    good = torch.isfinite(numerators)
+    good = is_finite(numerators)
     if denominators is None:
         bottom = bad = ~good
         smallest = torch.full((len(numerators),), math.inf, device=numerators.device)
@@ -153,7 +155,7 @@ def count_answers(numerators: Tensor, denominators: Tensor | None, taus: Tensor)
     else:
         denominators = _widened(denominators)
         size = denominators.abs()
-        finite = torch.isfinite(size)
+        finite = is_finite(size)
         smallest = torch.where(finite, size, math.inf).flatten(1).amin(1)
         total = torch.where(finite, size, 0.0).flatten(1).to(torch.float64).sum(1)
         count = finite.flatten(1).sum(1)
@@ -184,7 +186,7 @@ def _quotient_is_finite(numerators: Tensor, denominators: Tensor) -> Tensor:
     rank = denominators.ndim
     while denominators.ndim < numerators.ndim:
         denominators = denominators.unsqueeze(-1)
-    quotient = torch.isfinite(numerators / denominators)
+    quotient = is_finite(numerators / denominators)
     while quotient.ndim > rank:
         quotient = quotient.all(-1)
     return quotient

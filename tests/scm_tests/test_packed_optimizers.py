@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from scm.packed.gradients import FiniteProbe, clip_rows, is_finite
+from scm.gradients import is_finite
+from scm.packed.gradients import FiniteProbe, clip_rows
 from scm.packed.optimizers import ROW_OPTIMIZERS, PackOptimizer, Way
 from scm.training.guard import StepGuard
 from scm.trial import make_optimizer
