@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -9,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.environment import RayStart, ray_session
-from harness.plan import ResourcesSection, load_plan
-from harness.sweep import run_sweep
+from harness.environment import ray_session
+from harness.plan import ResourcesSection
 from harness.warm_start import is_warm_start, noted, wait_for_warm_workers, warm_start_settings
 
 
@@ -29,24 +30,32 @@ def test_workers_are_warm_where_each_of_them_will_be_used(resources, warm):
     assert is_warm_start(ResourcesSection(**resources)) is warm
 
 
-def test_a_sweep_runs_in_the_workers_that_were_warm(
-    write_plan: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+COUNTED = """
+import sys
+from pathlib import Path
+import ray
+from harness.environment import RayStart
+from harness.plan import load_plan
+from harness.sweep import run_sweep
+
+end = RayStart.end
+
+def count(start):
+    notes = [len(list(start._scratch.glob(f"*.{word}"))) for word in ("begun", "ended")]
+    print(int(ray.cluster_resources()["CPU"]), *notes)
+    end(start)
+
+RayStart.end = count
+run_sweep(load_plan(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_a_sweep_runs_in_the_workers_that_were_warm(write_plan: Callable[..., Path], tmp_path: Path):
     """Every process that Ray starts notes that it imports: a second set of workers would show."""
-    found: dict[str, int] = {}
-    end = RayStart.end
-
-    def count(start: RayStart) -> None:
-        import ray
-
-        found["cpus"] = int(ray.cluster_resources()["CPU"])
-        found["workers"] = len(list(start._scratch.glob("*.begun")))
-        found["ended"] = len(list(start._scratch.glob("*.ended")))
-        end(start)
-
-    monkeypatch.setattr(RayStart, "end", count)
-    run_sweep(load_plan(write_plan()), tmp_path / "run")
-    assert found["cpus"] == found["workers"] == found["ended"] > 0
+    command = [sys.executable, "-c", COUNTED, str(write_plan()), str(tmp_path / "run")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    cpus, begun, ended = map(int, ran.stdout.split())
+    assert begun == ended == cpus > 0
 
 
 def test_an_import_that_fails_is_noted_as_ended(tmp_path: Path):
@@ -82,5 +91,7 @@ def test_a_start_that_fails_is_an_error_of_whoever_waits_for_it(monkeypatch: pyt
         raise RuntimeError("no room for it")
 
     monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may have left one running
+    monkeypatch.setattr("ray.shutdown", lambda: None)
     with pytest.raises(RuntimeError, match="no room"), ray_session(ResourcesSection(), None):
         pass
