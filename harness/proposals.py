@@ -30,14 +30,22 @@ class SearchProposer:
         self._untold: dict[str, str] = {}  # what a searcher that learns calls a config -> config_id
         self._objectives: dict[str, Objective] = {}  # for such a searcher, which may draw a config again
         self._known: set[str] = set()
+        self._ahead: list[TrialSpec] | None = None
 
     @property
     def waits(self) -> bool:
         """Whether a batch must have ended before the next one can be drawn."""
         return self._searcher.learns
 
+    def draw_ahead(self) -> None:
+        """Draw the first batch now, while there is time; `next_batch` will give it."""
+        self._ahead = self.next_batch()
+
     def next_batch(self) -> list[TrialSpec]:
         """The trials of the next batch that holds a new config; none when all configs have been drawn."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            return ahead
         while configs := self._searcher.next_batch():
             cohort = self._searcher.cohort
             specs: list[TrialSpec] = []

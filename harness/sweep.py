@@ -69,6 +69,7 @@ def run_sweep(
 
         from harness.tune_bridge import run_packs
 
+        proposer.draw_ahead()
         session = ray_start.session()
         provenance = gather_provenance()
         if not resume:

@@ -39,6 +39,14 @@ def test_every_config_with_every_seed_and_every_knob(write_plan: Callable[..., P
     assert set(first[0].config) == set(KNOB_TYPES)
 
 
+def test_a_batch_drawn_ahead_is_the_one_that_would_be_drawn(write_plan: Callable[..., Path]) -> None:
+    plan = load_plan(write_plan())
+    ahead, right = SearchProposer(plan), SearchProposer(plan)
+    ahead.draw_ahead()
+    for _ in range(3):
+        assert ahead.next_batch() == right.next_batch()
+
+
 @pytest.mark.parametrize("algorithm", ["random", "tpe"])
 def test_the_defaults_are_trained_beside_what_is_drawn(
     algorithm: str, write_plan: Callable[..., Path]
