@@ -18,7 +18,7 @@ differ from config to config. Every arm is a process of its own, timed from its 
                 in the same order; validation loss and coverage of its trials and of all other trials of
                 packs must be distributed alike (Kolmogorov-Smirnov, alpha 0.01 each). The losses are the
                 same formula on both sides, and one threshold of 0.1 serves training, validation and
-                inference.
+                inference. Beside it, what Ray Tune takes in its best way for trials that train nothing.
     limit       the time of a pack's step over that of its matrix products alone (torch.bmm at the same
                 shapes, forward and backward, in the same process; one thread), for batches of 32, 128 and 512
                 and packs of 1 to 1,024. Target on a CPU: at most 2.0 from 32 trials on (1.5 is what we would
@@ -118,6 +118,7 @@ class Amount:
     usual: int
     best: int
     alone: int
+    nothing: int
     limit: tuple[tuple[int, int], ...]  # batch size, trials
     other_forms: tuple[tuple[int, int], ...]
     rounds: int
@@ -127,12 +128,13 @@ class Amount:
 
 _PACKS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
 AMOUNTS = {
-    "quick": Amount(1, 8, 64, 32, ((32, 32), (32, 128), (128, 32)), (), 5, (64, 512), 1),
+    "quick": Amount(1, 8, 64, 32, 8, ((32, 32), (32, 128), (128, 32)), (), 5, (64, 512), 1),
     "full": Amount(
         3,
         64,
         128,
         128,
+        8,
         tuple(itertools.product((32, 128, 512), _PACKS)),
         tuple(itertools.product((32, 128), (32, 128, 512))),
         9,
@@ -462,6 +464,17 @@ def run_best(asked: Mapping[str, Any]) -> dict[str, Any]:
     return run_peer(asked, best_trainable(), reuse=True)
 
 
+def run_nothing(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The peer's best way with trials that end at once: what Ray Tune takes for itself."""
+
+    class NothingTrial(best_trainable()):  # type: ignore[misc]
+        def step(self) -> dict[str, Any]:
+            return {**dict.fromkeys(KS_OF, 0.0), "done": True}
+
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    return run_peer(asked, NothingTrial, reuse=True)
+
+
 def run_sized(asked: Mapping[str, Any]) -> dict[str, Any]:
     """A sweep in this process, which is then its driver alone; says when it ended and its peak memory."""
     from harness.plan import load_plan
@@ -477,6 +490,7 @@ def run_sized(asked: Mapping[str, Any]) -> dict[str, Any]:
 ARMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "usual": run_usual,
     "best": run_best,
+    "nothing": run_nothing,
     "sized": run_sized,
 }
 
@@ -526,7 +540,7 @@ def seconds_one_more(rows: Sequence[Mapping[str, Any]], workers: int) -> float:
 
 
 def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
-    """Run the four arms, and compare what the peer's best way and packs came to."""
+    """Run the arms, and compare what the peer's best way and packs came to."""
     total = TOTALS[device]
     in_packs = make_plan(total, device, {"size": 4096} if device == "cuda" else None)
     say(f"packs: {total} configs")
@@ -542,6 +556,9 @@ def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
     say(f"usual: {amount.usual} configs")
     wall_s, usual_said = run_arm("usual", {"device": device, "configs": configs[: amount.usual]}, folder)
     usual = extended_rate("usual", total, wall_s, usual_said["ends"])
+
+    say(f"nothing: {amount.nothing} configs")
+    nothing_s, _ = run_arm("nothing", {"device": device, "configs": configs[: amount.nothing]}, folder)
 
     walls_s = [first_s]  # the others between the first and the rest: all see the same machine
     for number in range(1, amount.packs):
@@ -562,10 +579,15 @@ def measure_throughput(amount: Amount, device: str, folder: Path) -> Found:
     numbers = {
         "rates": [{**asdict(rate), "more_s": or_null(rate.more_s), "per_s": rate.per_s} for rate in rates],
         "packs_wall_s": walls_s,
+        "nothing_wall_s": nothing_s,
         "packed_trials": sum(row["pack_id"] is not None for row in rows),
         "alike": alike,
     }
-    return Found([*render_rates(rates), "", *render_alike(alike)], numbers, targets)
+    floor = (
+        f"Ray Tune around {amount.nothing} trials that train nothing takes {nothing_s:.1f} s;"
+        f" 25 times the best way is {total} configs in {total / best.per_s / 25:.1f} s."
+    )
+    return Found([*render_rates(rates), "", floor, "", *render_alike(alike)], numbers, targets)
 
 
 def throughput_limits(device: str, usual: Rate, best: Rate, alone: Rate) -> list[tuple[Rate, float]]:

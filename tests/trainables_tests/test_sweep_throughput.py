@@ -34,7 +34,7 @@ def bench(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture
 def tiny(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick size with hardly anything to do."""
-    amount = bench.Amount(2, 2, 3, 3, ((4, 2),), (), 2, (2, 4), 1)
+    amount = bench.Amount(2, 2, 3, 3, 2, ((4, 2),), (), 2, (2, 4), 1)
     monkeypatch.setattr(bench, "AMOUNTS", {"quick": amount})
     monkeypatch.setattr(bench, "TOTALS", {"cpu": 8})
 
@@ -224,6 +224,7 @@ def test_all_arms_run_from_end_to_end(bench: ModuleType, tmp_path: Path) -> None
     assert [rate["measured"] for rate in found["rates"]] == [2, 3, 3, 8]
     assert all(rate["per_s"] > 0 for rate in found["rates"])
     assert set(found["alike"]) == set(bench.KS_OF)
+    assert found["nothing_wall_s"] > 0
 
 
 # --- the physical limit, and scale ----------------------------------------------------------------------
