@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -334,7 +334,9 @@ class PackedTrainer:
         """Train every micro-batch of the epoch; return the number of optimizer steps."""
         shared, lanes = seats.shared, len(seats)
         size = shared.config.batch_size
-        order = torch.stack([self._orders.of(lane.trial.seed, lane.epoch) for lane in seats.lanes])
+        draws = _Draws.of(seats)
+        orders = [self._orders.of(lane.trial.seed, lane.epoch) for lane in draws.first(seats.lanes)]
+        order = torch.stack(orders)
         taus = self._thresholds(seats)
         given = {**told, **seats.parameters}
         self._group = _Group()
@@ -351,7 +353,7 @@ class PackedTrainer:
                 stop = min(first + at_once, done + count)
                 begin = first * size
                 own = order[:, begin : begin + (stop - first) * rows].unflatten(1, (stop - first, rows))
-                block = self._block(seats, program, told, own.transpose(0, 1), taus[first:stop], first)
+                block = self._block(seats, program, told, draws, own.transpose(0, 1), taus[first:stop], first)
                 for place, ahead in enumerate(program.prepare_batches(block.told, lanes, stop - first)):
                     block.place = place
                     steps += self._micro_batch(seats, program, bound, ahead, block, table)
@@ -366,19 +368,23 @@ class PackedTrainer:
         seats: Seats,
         program: Program,
         told: Mapping[str, Tensor],
+        draws: _Draws,
         rows: Tensor,
         taus: Tensor,
         first: int,
     ) -> _Block:
-        """Gather what some steps take: `rows` (steps, trials, n) are positions in each trial's data."""
+        """Gather what some steps take: `rows` (steps, draws, n) are positions in the data of each draw."""
         names = [name for name, _ in program.batch_inputs]
-        held = {**told, **seats.train.gather(rows, [name for name in names if name in COLUMNS])}
+        columns = [name for name in names if name in COLUMNS]
+        drawn = seats.train.gather(rows, columns, trials=torch.tensor(draws.places))
+        which = draws.which.to(self.device)
+        held = {**told, **{name: item.index_select(1, which) for name, item in drawn.items()}}
         held["tau"] = taus.to(self.device, seats.shared.layout.dtype)
         if "global_step" in names:
             start = torch.tensor([lane.global_step for lane in seats.lanes])
             counted = start + 1 + first + torch.arange(len(rows))[:, None]
             held["global_step"] = counted.to(self.device)
-        return _Block(held, rows, taus, taus.to(self.device), first)
+        return _Block(held, draws, rows, taus, taus.to(self.device), first)
 
     def _thresholds(self, seats: Seats) -> Tensor:
         """Return the epoch's thresholds, (micro-batches, trials) float64, on the CPU."""
@@ -600,7 +606,8 @@ def _count_epoch(
 def _alone(seats: Seats, block: _Block, step: int, place: int) -> MicroBatch:
     """Return one trial's micro-batch."""
     lane = seats.lanes[place]
-    columns = seats.train.gather(block.rows[step, place][None], COLUMNS, trials=torch.tensor([place]))
+    rows = block.rows[step, block.draws.which[place]]
+    columns = seats.train.gather(rows[None], COLUMNS, trials=torch.tensor([place]))
     curriculum = make_curriculum(lane.config)
     facts = {
         "tau": float(block.taus[step, place]),
@@ -611,12 +618,38 @@ def _alone(seats: Seats, block: _Block, step: int, place: int) -> MicroBatch:
     return MicroBatch({name: held[0] for name, held in columns.items()}, facts)
 
 
+class _Draws(NamedTuple):
+    """Which trials draw the same rows of the same data: a place of each draw, and of each trial its draw."""
+
+    places: list[int]
+    which: Tensor  # (trials,) int64, on the CPU
+
+    @classmethod
+    def of(cls, seats: Seats) -> _Draws:
+        """Find the draws of the epoch that comes."""
+        seen: dict[tuple[int, int, int], int] = {}
+        places: list[int] = []
+        which = []
+        for place, (lane, splits) in enumerate(zip(seats.lanes, seats.splits, strict=True)):
+            draw = (lane.trial.seed, lane.epoch, id(splits["train"]))
+            if draw not in seen:
+                seen[draw] = len(seen)
+                places.append(place)
+            which.append(seen[draw])
+        return cls(places, torch.tensor(which))
+
+    def first(self, lanes: Sequence[Lane]) -> list[Lane]:
+        """Return one of the trials of each draw."""
+        return [lanes[place] for place in self.places]
+
+
 @dataclass
 class _Block:
     """Some steps' micro-batches: what they are told, which rows, which thresholds, and where they begin."""
 
     told: Mapping[str, Tensor]
-    rows: Tensor  # (steps, trials, n), on the CPU
+    draws: _Draws
+    rows: Tensor  # (steps, draws, n), on the CPU
     taus: Tensor  # (steps, trials) float64, on the CPU
     taus_there: Tensor
     first: int
