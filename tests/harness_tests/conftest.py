@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -59,3 +60,42 @@ def write_plan(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+# What differs between runs that train the same: clocks, places, packs, the run itself, the plan's wording.
+OF_THE_RUN = {
+    "run_id",
+    "step_time_ms",
+    "duration_s",
+    "started_at",
+    "node_id",
+    "hostname",
+    "commit",
+    "plan_digest",
+    "pack_id",
+    "pack_size",
+    "pack_step_time_ms",
+}
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def comparable() -> Callable[..., Rows]:
+    """A function that reads a run's rows, or its history, in a fixed order, without what differs anyway.
+
+    NaN becomes text, so that it equals itself.
+    """
+    from reports.rows import read_rows
+
+    def compare(run: Path, read: Callable[[Path], Any] = read_rows) -> Rows:
+        rows = sorted(read(run).to_pylist(), key=lambda row: (row["trial_id"], row.get("epoch", 0)))
+        return [
+            {
+                name: "NaN" if isinstance(value, float) and math.isnan(value) else value
+                for name, value in row.items()
+                if name not in OF_THE_RUN
+            }
+            for row in rows
+        ]
+
+    return compare

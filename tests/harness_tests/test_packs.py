@@ -20,20 +20,6 @@ from harness.sweep import PackNotes, run_sweep
 from reports.history import read_history
 from reports.rows import read_rows
 
-# What may differ between two runs of one plan: clocks, places, packs, and the run itself.
-OF_THE_RUN = {
-    "run_id",
-    "step_time_ms",
-    "duration_s",
-    "started_at",
-    "node_id",
-    "hostname",
-    "commit",
-    "plan_digest",
-    "pack_id",
-    "pack_size",
-    "pack_step_time_ms",
-}
 SEARCH = {"algorithm": "random", "configs": 6, "batch": 3}
 HALVING = {"rungs": [1, 2], "eta": 2}
 EXACT = {"max_epochs": 4, "hidden_width": 6, "hidden_depth": 1, "batch_size": 16, "dtype": "float64"}
@@ -74,14 +60,6 @@ def dropping(params):
 """
 
 
-def comparable(run: Path, read: Callable[[Path], Any] = read_rows) -> list[dict[str, Any]]:
-    """The rows, or the history, in a fixed order, without what may differ."""
-    return [
-        {name: value for name, value in row.items() if name not in OF_THE_RUN}
-        for row in sorted(read(run).to_pylist(), key=lambda row: (row["trial_id"], row.get("epoch", 0)))
-    ]
-
-
 def differences(
     one: list[dict[str, Any]], other: list[dict[str, Any]], tolerance: float = 0.0
 ) -> list[tuple[Any, ...]]:
@@ -107,7 +85,9 @@ def sizes(run: Path) -> list[int | None]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_packs_change_no_row(write_plan: Callable[..., Path], tmp_path: Path) -> None:
+def test_packs_change_no_row(
+    write_plan: Callable[..., Path], tmp_path: Path, comparable: Callable[..., Any]
+) -> None:
     """With halving and two seeds, in packs and alone: the same rows and histories, to 1e-9 in float64."""
     for name, size in (("packs", 8), ("alone", 1)):
         plan = write_plan(search=SEARCH, halving=HALVING, config=EXACT, packs={"size": size}, seeds=[0, 1])
@@ -129,7 +109,7 @@ def test_packs_change_no_row(write_plan: Callable[..., Path], tmp_path: Path) ->
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("algorithm", ["random", "tpe"])
 def test_rows_do_not_depend_on_packs_or_workers(
-    algorithm: str, write_plan: Callable[..., Path], tmp_path: Path
+    algorithm: str, write_plan: Callable[..., Path], tmp_path: Path, comparable: Callable[..., Any]
 ) -> None:
     """Packs of 2, 3 or 64, for one worker or two: the same rows bit by bit, in single precision too."""
     search = {"algorithm": algorithm, "configs": 8, "batch": 4}
@@ -153,7 +133,10 @@ def test_rows_do_not_depend_on_packs_or_workers(
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_packs_interrupted_and_resumed_equal_packs_that_were_not(
-    write_plan: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_plan: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    comparable: Callable[..., Any],
 ) -> None:
     """Ctrl-C between packs and in the middle of a batch: no trial is lost, and none is written twice."""
     import os

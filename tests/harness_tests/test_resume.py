@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from collections.abc import Callable
@@ -18,22 +17,6 @@ from harness.run_folder import locked
 from harness.sink import RunSink
 from reports.history import read_history
 from reports.rows import read_rows
-
-OF_THE_RUN = {"run_id", "step_time_ms", "duration_s", "started_at", "node_id", "hostname", "commit"}
-OF_THE_RUN |= {"pack_id", "pack_size", "pack_step_time_ms"}
-
-
-def comparable(run: Path, read: Callable[[Path], Any]) -> list[list[tuple[str, Any]]]:
-    """A table in a fixed order without what may differ between two runs, NaN equal to itself."""
-    rows = read(run).to_pylist()
-    return sorted(
-        [
-            (name, "NaN" if isinstance(value, float) and math.isnan(value) else value)
-            for name, value in sorted(row.items())
-            if name not in OF_THE_RUN
-        ]
-        for row in rows
-    )
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -59,6 +42,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    comparable: Callable[..., Any],
 ) -> None:
     """Learning search, halving, two seeds: what was written stays, the rest is added, no trial runs twice."""
     plan = str(
@@ -86,7 +70,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 @pytest.mark.usefixtures("local_ray")
 def test_resuming_a_finished_run_runs_nothing_and_refuses_another(
-    write_plan: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_plan: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    comparable: Callable[..., Any],
 ) -> None:
     """A complete run is ranked again; another plan, other data or a run in use is exit code 4."""
     small = {"search": {"configs": 1}, "seeds": [0], "config": {"max_epochs": 1}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterable, Mapping
@@ -26,20 +25,6 @@ from reports.history import read_history
 from reports.rows import RowWriter, read_rows
 from reports.schema import missing_columns
 from trainables.trial import empty_outcome
-
-# What may differ between two runs of one plan: clocks, places, and the run itself.
-OF_THE_RUN = {
-    "pack_id",
-    "pack_size",
-    "pack_step_time_ms",
-    "run_id",
-    "step_time_ms",
-    "duration_s",
-    "started_at",
-    "node_id",
-    "hostname",
-    "commit",
-}
 
 OWN_TASK = """
 import os
@@ -75,19 +60,6 @@ def killing(params):
     task.build_model = build_model
     return task
 """
-
-
-def comparable(run: Path) -> list[dict[str, Any]]:
-    """The rows in a fixed order, without what may differ, NaN written as text so that it equals itself."""
-    rows = sorted(read_rows(run).to_pylist(), key=lambda row: row["trial_id"])
-    return [
-        {
-            name: "NaN" if isinstance(value, float) and math.isnan(value) else value
-            for name, value in row.items()
-            if name not in OF_THE_RUN
-        }
-        for row in rows
-    ]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -130,7 +102,7 @@ def test_a_sweep_from_the_command_line(
     ids=["random", "tpe"],
 )
 def test_rows_do_not_depend_on_how_many_run_at_once(
-    search: dict[str, Any], write_plan: Callable[..., Path], tmp_path: Path
+    search: dict[str, Any], write_plan: Callable[..., Path], tmp_path: Path, comparable: Callable[..., Any]
 ) -> None:
     """One trial at a time or two, with halving: the same rows, clocks apart."""
     halving = {"rungs": [1, 2], "eta": 2}
