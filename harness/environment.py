@@ -101,16 +101,17 @@ def check_address(address: str) -> None:
 @contextlib.contextmanager
 def ray_session(resources: ResourcesSection, address: str | None) -> Iterator[Session]:
     """As `starting_ray`; it is there when the block begins."""
-    with starting_ray(resources, address) as start:
+    with starting_ray(resources, address, trials=0) as start:
         yield start.session()
 
 
 @contextlib.contextmanager
-def starting_ray(resources: ResourcesSection, address: str | None) -> Iterator[RayStart]:
+def starting_ray(resources: ResourcesSection, address: str | None, *, trials: int) -> Iterator[RayStart]:
     """A Ray for the time of a `with` block; a local one is shut down at its end and leaves no file behind.
 
-    A local one starts while the block goes on: `RayStart.session` waits for it. Without an address, a Ray
-    that this process already runs is used and left running.
+    A local one starts while the block goes on: `RayStart.session` waits for it. Its workers import ahead what
+    trials need, where there will be as many `trials` as it has CPUs. Without an address, a Ray that this
+    process already runs is used and left running.
     """
     import ray
 
@@ -122,7 +123,7 @@ def starting_ray(resources: ResourcesSection, address: str | None) -> Iterator[R
     # is registered before it, and therefore runs after it.
     atexit.register(remove_folder, scratch, wait_s=3.0)
     local = address is None and not joined
-    start = RayStart(resources, scratch, is_warm=local and is_warm_start(resources))
+    start = RayStart(resources, scratch, is_warm=local and is_warm_start(resources, trials))
     settings = TUNE_SETTINGS | (warm_start_settings(scratch) if start.is_warm else {})
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:

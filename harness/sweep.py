@@ -64,7 +64,8 @@ def run_sweep(
         check_address(address)
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminate_as_interrupt())
-        ray_start = stack.enter_context(starting_ray(plan.resources, address))
+        trials = (plan.search.configs + plan.search.with_defaults) * len(plan.seeds)
+        ray_start = stack.enter_context(starting_ray(plan.resources, address, trials=trials))
         data_digests, rows = check_data(plan)
 
         from harness.tune_bridge import run_packs
@@ -79,8 +80,7 @@ def run_sweep(
         check_same_data(written, data_digests, out)
         sink = RunSink(out, plan, run_id=read_run_id(out), provenance=provenance, data_digests=data_digests)
         stack.callback(sink.close)
-        configs = plan.search.configs + plan.search.with_defaults
-        tally = Tally(configs * len(plan.seeds), plan.seeds)
+        tally = Tally(trials, plan.seeds)
         display = stack.enter_context(Display(tally, sys.stderr, title=out.name))
         on_epoch = None if log_every is None else EpochLog(log_every, display.say)
         notes = PackNotes(display.say)

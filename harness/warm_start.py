@@ -20,13 +20,13 @@ _FOLDER = "SCM_HARNESS_WARM_FOLDER"
 TUNE_VARIABLES = {"PL_DISABLE_FORK": "1"}
 """What Tune gives to every actor."""
 _BEGUN, _ENDED = ".begun", ".ended"
-_BEGIN_S, _WAIT_S = 2.0, 10.0
+_BEGIN_S, _GO_ON_S = 2.0, 20.0
 
 
-def is_warm_start(resources: ResourcesSection) -> bool:
+def is_warm_start(resources: ResourcesSection, trials: int) -> bool:
     """Whether workers import ahead: where fewer are used than there are CPUs, others would do so in vain."""
     one_a_cpu = resources.cpus_per_trial <= 1 and not resources.gpus_per_trial
-    return one_a_cpu and resources.max_concurrent is None
+    return one_a_cpu and resources.max_concurrent is None and trials >= (os.cpu_count() or 1)
 
 
 def warm_start_settings(folder: Path) -> dict[str, str]:
@@ -61,11 +61,12 @@ def workers_as_they_are() -> Iterator[None]:
 
 
 def wait_for_warm_workers(folder: Path, workers: int) -> None:
-    """Return when so many workers have ended to import, when they had their time, or where none begins."""
-    begun_s = time.monotonic()
-    while _count(folder, _ENDED) < workers:
-        waited_s = time.monotonic() - begun_s
-        if waited_s > _WAIT_S or (waited_s > _BEGIN_S and not _count(folder, _BEGUN)):
+    """Return when so many workers have ended to import, and where none begins or goes on."""
+    seen, seen_s = (0, 0), time.monotonic()
+    while (now := (_count(folder, _BEGUN), _count(folder, _ENDED)))[1] < workers:
+        if now != seen:
+            seen, seen_s = now, time.monotonic()
+        if time.monotonic() - seen_s > (_GO_ON_S if now[0] else _BEGIN_S):
             return
         time.sleep(0.01)
 

@@ -7,6 +7,7 @@ command is called, so that `--help` and the commands that only read Parquet star
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import io
 import os
@@ -109,6 +110,7 @@ def entry() -> None:
 def leave(code: int) -> NoReturn:
     """End the process when its exit handlers have run: to take torch and Ray apart takes half a second."""
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone, or it is closed
+            stream.flush()
     os._exit(code)

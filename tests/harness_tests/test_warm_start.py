@@ -17,17 +17,21 @@ from harness.warm_start import is_warm_start, noted, wait_for_warm_workers, warm
 
 
 @pytest.mark.parametrize(
-    ("resources", "warm"),
+    ("resources", "trials", "warm"),
     [
-        ({}, True),
-        ({"cpus_per_trial": 0.5}, True),
-        ({"cpus_per_trial": 2}, False),
-        ({"max_concurrent": 1}, False),
-        ({"gpus_per_trial": 1}, False),
+        ({}, 4, True),
+        ({}, 3, False),
+        ({"cpus_per_trial": 0.5}, 9, True),
+        ({"cpus_per_trial": 2}, 9, False),
+        ({"max_concurrent": 1}, 9, False),
+        ({"gpus_per_trial": 1}, 9, False),
     ],
 )
-def test_workers_are_warm_where_each_of_them_will_be_used(resources, warm):
-    assert is_warm_start(ResourcesSection(**resources)) is warm
+def test_workers_are_warm_where_each_of_them_will_be_used(
+    resources: dict[str, float], trials: int, warm: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert is_warm_start(ResourcesSection(**resources), trials) is warm
 
 
 COUNTED = """
