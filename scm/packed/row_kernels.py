@@ -18,12 +18,17 @@ from scm.packed.toolchain import load_library
 _KINDS = {torch.float32: "float", torch.float64: "double"}
 
 _TEXT = """
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #define ROW(T, name, place) T *restrict name = (T *)(at[place] + row * by[place])
 #define NUMBER(place) (*(const double *)(at[place] + row * by[place]))
 #define EACH _Pragma("GCC ivdep") for (long i = 0; i < width; ++i)
 typedef unsigned char flag;
+/* What is remembered of weights without a gradient fades until it is subnormal, and stays so for ever.
+   Such numbers take the processor many times as long, and are too small for any weight to feel. */
+#define NORMAL_float(x) (fabsf(x) < FLT_MIN ? 0 : (x))
+#define NORMAL_double(x) (fabs(x) < DBL_MIN ? 0 : (x))
 """
 
 # at: weights, gradients, taken or null, width; what follows is the rule's own.
@@ -42,7 +47,7 @@ void adam_@T(long first, long last, char **at, const long *by, char *none) {
     else if (decay != 0) { const @T more = decay; EACH g[i] += more * w[i]; }
     EACH {
       const @T a = m[i] + gain1 * (g[i] - m[i]), b = keep2 * v[i] + gain2 * g[i] * g[i];
-      m[i] = a; v[i] = b;
+      m[i] = NORMAL_@T(a); v[i] = NORMAL_@T(b);
       w[i] -= size * a / (SQRT_@T(b) * shrink + eps);
     }
   }
@@ -60,7 +65,7 @@ void sgd_@T(long first, long last, char **at, const long *by, char *none) {
     if (decay != 0) EACH g[i] += decay * w[i];
     if (momentum == 0) { EACH w[i] -= rate * g[i]; continue; }
     if (begins) EACH v[i] = g[i];
-    else EACH v[i] = momentum * v[i] + g[i];
+    else EACH { const @T a = momentum * v[i] + g[i]; v[i] = NORMAL_@T(a); }
     if (ahead) EACH w[i] -= rate * (g[i] + momentum * v[i]);
     else EACH w[i] -= rate * v[i];
   }
@@ -76,12 +81,18 @@ void rmsprop_@T(long first, long last, char **at, const long *by, char *none) {
     const @T rate = NUMBER(6), momentum = NUMBER(7), decay = NUMBER(8);
     if (decay != 0) EACH g[i] += decay * w[i];
     if (momentum == 0) {
-      EACH { s[i] = keep * s[i] + gain * g[i] * g[i]; w[i] -= rate * g[i] / (SQRT_@T(s[i]) + eps); }
+      EACH {
+        const @T a = keep * s[i] + gain * g[i] * g[i];
+        s[i] = NORMAL_@T(a);
+        w[i] -= rate * g[i] / (SQRT_@T(s[i]) + eps);
+      }
       continue;
     }
     EACH {
-      s[i] = keep * s[i] + gain * g[i] * g[i];
-      v[i] = momentum * v[i] + g[i] / (SQRT_@T(s[i]) + eps);
+      const @T a = keep * s[i] + gain * g[i] * g[i];
+      s[i] = NORMAL_@T(a);
+      const @T b = momentum * v[i] + g[i] / (SQRT_@T(s[i]) + eps);
+      v[i] = NORMAL_@T(b);
       w[i] -= rate * v[i];
     }
   }

@@ -196,6 +196,26 @@ def test_rows_take_the_steps_that_torch_takes_and_only_those_that_are_taken(opti
         assert_same({name: one[name] for name in looked_at}, {name: two[name] for name in looked_at})
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+def test_what_fades_of_a_gradient_that_has_ended_fades_to_zero(optimizer):
+    """Subnormal numbers would stay for ever and be slow; no weight feels that they are gone."""
+    mix = {"beta1": 0.5, "beta2": 0.7} if optimizer.startswith("adam") else {"momentum": 0.5}
+    config = TrialConfig(optimizer=optimizer, **mix)
+    ways = (Way(by_row=False, native=True), Way(by_row=False))
+    held = [torch.ones(1, 37), torch.ones(1, 37)]
+    both = [PackOptimizer(own, [config], [{}], way) for own, way in zip(held, ways, strict=True)]
+    for number in range(300):
+        gradients = torch.full((1, 37), 1e-2 if number < 3 else 0.0)
+        for own in both:
+            own.set_rates([0.01])
+            own.step(gradients.clone())
+    torch.testing.assert_close(*held, rtol=1e-6, atol=0.0)
+    for state in both[0].states()[0].values():
+        assert bool(((state == 0) | (state.abs() >= torch.finfo(state.dtype).tiny)).all())
+    (fading,) = {"first", "velocity"} & both[0].states()[0].keys()
+    assert not both[0].states()[0][fading].any()
+
+
 def test_a_text_is_compiled_once_on_a_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(toolchain, "_folder", lambda: tmp_path)
     text = "int answer(void) { return 41; }\n"
