@@ -26,9 +26,10 @@ differ from config to config. Every arm is a process of its own, timed from its 
                 which is what sweeps do where there is no C compiler, and under torch.compile.
     scale       sweeps of 64 to 8,192 configs, the faster of two of each. Targets: the time that a config more
                 takes, from one size to the next and the start of workers apart, is within 20 % of itself;
-                peak memory of the driver grows by less than 2 kB a config from the second size on (at the
-                first no pack is full, and what full packs report at once is taken once); the run folder by
-                less than 5 kB a config. The quick sizes are too small for the first two.
+                peak memory of the driver grows by less than 2 kB a config from the first size to the last,
+                the run folder by less than 5 kB. The quick sizes are too small for the first two. At the
+                first size no pack is full, and what full packs report at once is taken once: what a config
+                adds from the later sizes on is told beside.
 
     python benchmarks/sweep_throughput.py --quick     under three minutes on two cores
     python benchmarks/sweep_throughput.py
@@ -843,24 +844,24 @@ def measure_scale(amount: Amount, device: str, folder: Path) -> Found:
     if len(slopes) > 1:
         targets += [
             Target("largest over smallest time a further config", spread(slopes), 1.2),
-            Target("kB of the driver's memory a config", growth / 1e3, 2.0),
+            Target("kB of the driver's memory a config", growth[0] / 1e3, 2.0),
         ]
     numbers = {
         "sweeps": [asdict(one) for one in runs],
         "further_config_s": slopes,
-        "driver_bytes_per_config": or_null(growth),
+        "driver_bytes_per_config": growth,
     }
-    return Found(render_scale(found, slopes), numbers, targets)
+    return Found(render_scale(found, slopes, growth), numbers, targets)
 
 
-def memory_growth(runs: Sequence[Sized]) -> float:
-    """Bytes that a config more adds to the driver's peak, from the second size to the last; nan for less."""
+def memory_growth(runs: Sequence[Sized]) -> list[float]:
+    """Bytes that a config more adds to the driver's peak, from each size but the last to the last."""
     # Of the repeats the least: now and then two packs end together, and one holds the reports of both.
     peaks: dict[int, int] = {}
     for run in runs:
         peaks[run.configs] = min(run.peak_bytes, peaks.get(run.configs, run.peak_bytes))
-    _, *full = sorted(peaks)
-    return (peaks[full[-1]] - peaks[full[0]]) / (full[-1] - full[0]) if len(full) > 1 else math.nan
+    *sizes, last = sorted(peaks)
+    return [(peaks[last] - peaks[size]) / (last - size) for size in sizes]
 
 
 def _work(run: Sized) -> float:
@@ -886,8 +887,8 @@ def sized_sweep(configs: int, device: str, folder: Path) -> Sized:
     )
 
 
-def render_scale(found: Sequence[Sized], slopes: Sequence[float]) -> list[str]:
-    """The table of the sizes."""
+def render_scale(found: Sequence[Sized], slopes: Sequence[float], growth: Sequence[float]) -> list[str]:
+    """The table of the sizes, and where the driver's memory grows."""
     rows = [
         [
             str(one.configs),
@@ -900,7 +901,8 @@ def render_scale(found: Sequence[Sized], slopes: Sequence[float]) -> list[str]:
         for one, slope in zip(found, [None, *slopes], strict=True)
     ]
     head = ["configs", "wall s", "ms a config", "ms a further config", "driver MB", "disk kB a config"]
-    return table(head, rows)
+    told = ", ".join(f"{kept / 1e3:.1f} from {one.configs}" for one, kept in zip(found, growth, strict=False))
+    return [*table(head, rows), "", f"kB that a config adds to the driver's memory: {told}."]
 
 
 PARTS: Mapping[str, Callable[[Amount, str, Path], Found]] = {
