@@ -86,8 +86,12 @@ def test_the_driver_waits_for_workers_until_the_last_has_ended(tmp_path: Path):
 
 
 def test_the_driver_does_not_wait_for_workers_that_never_begin(tmp_path: Path):
-    """A Ray that does not let its workers import first is only slower."""
-    wait_for_warm_workers(tmp_path, 2)
+    """A Ray that does not let its workers import first is only slower: in the end the driver goes on."""
+    waiting = threading.Thread(target=wait_for_warm_workers, args=(tmp_path, 2), daemon=True)
+    waiting.start()
+    waiting.join(15.0)  # less than it would wait for one that has begun
+    assert not waiting.is_alive()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_start_that_fails_is_an_error_of_whoever_waits_for_it(monkeypatch: pytest.MonkeyPatch):
