@@ -22,11 +22,11 @@ from scm.guards.bounds import saturation_penalty
 from scm.guards.budget import Cap, gradient_cap, meta_loss_cap
 from scm.guards.consistency import (
     AugmentationEquivarianceLoss,
-    DegenerateTermDetector,
     OutputEquivarianceLoss,
     global_context,
     positional_context,
 )
+from scm.guards.degenerate import DegenerateTermDetector
 from scm.guards.gap import GapMonitor, GapWatch, Measured, consensus, normalised_entropy
 from scm.guards.range import RangeGuard
 from scm.guards.spread import relevance, spread_loss

@@ -6,14 +6,13 @@ from scm.guards.bounds import bound, check_gain, gain_at, saturation_penalty, so
 from scm.guards.budget import Budget, BudgetGuard, GradientBudget, gradient_cap, meta_loss_cap
 from scm.guards.consistency import (
     AugmentationEquivarianceLoss,
-    DegenerateTermDetector,
     EquivarianceGuard,
     GroupMarginalizedNLLLoss,
     OutputEquivarianceLoss,
     global_context,
     positional_context,
-    responds,
 )
+from scm.guards.degenerate import DegenerateTermDetector, responds
 from scm.guards.finite import FINITE_ACTIONS, FiniteGuard
 from scm.guards.gap import GapMonitor, GapWatch, consensus, normalised_entropy, vote
 from scm.guards.origin import find_origin

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scm.guards.consistency import DegenerateTermDetector
+from scm.guards.degenerate import DegenerateTermDetector
 
 if TYPE_CHECKING:
     from scm.training.companion import Moment

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from scm.guards.gates import RAW_OUTPUTS
 from scm.losses.rowwise import bool_mask
-from scm.training.adaptive_loss import RULES, AdaptiveLossConfig, ControlSettings, ControlState
+from scm.training.adaptive_loss import AdaptiveLossConfig
 from scm.training.companion import Moment
+from scm.training.control_rules import RULES, ControlSettings, ControlState
 from scm.training.records import split_outputs
 from scm.trial_config import TrialConfig
 

@@ -19,16 +19,14 @@ from scm.data import Split
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.models import make_model
 from scm.training.adaptive_loss import (
-    RULES,
     AdaptiveLambda,
     AdaptiveLossConfig,
-    ControlSettings,
-    ControlState,
     CoverageController,
     create_adaptive_loss,
 )
 from scm.training.companion import Moment
 from scm.training.config import TrainingConfig
+from scm.training.control_rules import RULES, ControlSettings, ControlState
 from scm.training.coverage import CoverageMetrics, count_tags, summed_counts
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.feed import Fed

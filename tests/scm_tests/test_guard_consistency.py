@@ -15,7 +15,6 @@ from torch.nn import functional
 from scm.guards.consistency import (
     REFERENCE_EPSILON,
     AugmentationEquivarianceLoss,
-    DegenerateTermDetector,
     EquivarianceGuard,
     GroupMarginalizedNLLLoss,
     OutputEquivarianceLoss,
@@ -25,8 +24,8 @@ from scm.guards.consistency import (
     global_context,
     line_distance,
     positional_context,
-    responds,
 )
+from scm.guards.degenerate import DegenerateTermDetector, responds
 from scm.guards.symmetry import D4, make_symmetries, unchanged
 from scm.losses.terms import LossTerms
 from scm.training.config import TrainingConfig

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scm.core.tags import TRTag
-from scm.training.adaptive_loss import RULES, AdaptiveLambda, AdaptiveLossConfig, CoverageController
+from scm.training.adaptive_loss import AdaptiveLambda, AdaptiveLossConfig, CoverageController
+from scm.training.control_rules import RULES
 from scm.training.coverage import CoverageMetrics, CoverageTracker, MultiOutputCoverageTracker
 from scm.training.hybrid_trainer import HybridTrainer, HybridTrainingConfig
 from scm.training.loader import TensorBatches
