@@ -7,10 +7,8 @@ stands in the way of training together makes trials train alone, with the reason
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import tarfile
 import tempfile
 import time
 from collections import deque
@@ -20,7 +18,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,11 +26,18 @@ from scm.packed.eligibility import IN_LOSS, OWN
 from scm.packed.engine import PackedTrainer, Programs
 from scm.packed.lanes import Entrant, FirstModels, NotPackable, PackTrial
 from scm.packed.reports import PackEpoch
-from scm.training.bench import WARM_UP_STEPS
-from scm.training.companion import Moment
 from scm.trial import Decoded
-from scm.trial_config import KNOBS, TrialConfig
+from scm.trial_config import KNOBS
 from trainables.configs import parse_config
+from trainables.lane_states import (
+    AloneState,
+    LaneState,
+    joined_state,
+    pack_folder,
+    split_state,
+    unpack_folder,
+)
+from trainables.step_timing import step_parts, time_parts
 from trainables.tasks.protocol import Task
 from trainables.trial import (
     NAN,
@@ -43,15 +47,12 @@ from trainables.trial import (
     empty_outcome,
     error_line,
     failed_outcome,
-    make_task_trainer,
     metric_columns,
 )
 
 Load = Callable[[int], tuple[Task, Mapping[str, Split]]]
 """The task and its splits for a seed."""
 
-# Steps of a brief training alone, the first of which warm up.
-TIMED_STEPS = 18
 # Traced programs that a process keeps; a space of many widths has as many kinds of pack.
 _KEPT_PROGRAMS = 64
 # A trial takes its weights, gradients, up to three rows of optimizer state and the best epoch's weights.
@@ -60,25 +61,6 @@ _SHARE_OF_MEMORY = 0.25
 
 # Terms that are there or not in all of a pack, because they carry something from step to step.
 _WITH_A_STATE = ("lambda_saturation", "lambda_spread")
-
-
-@dataclass(frozen=True)
-class LaneState:
-    """Where a trial of a pack stands between two epochs, as plain values and arrays that travel well."""
-
-    lane: Mapping[str, Any]
-    held: Mapping[str, np.ndarray]
-    optimizer: Mapping[str, np.ndarray]
-    best: np.ndarray | None
-    spent_s: float
-
-
-@dataclass(frozen=True)
-class AloneState:
-    """Where a trial that trains alone stands: its files as bytes, and why it trains alone."""
-
-    files: bytes
-    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -573,129 +555,3 @@ def _available_memory() -> int:
     if said is not None:
         return 1024 * int(said[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-# --- the step time of a config alone ------------------------------------------------------------------
-
-
-def step_parts(entrant: Entrant, device: str) -> tuple[Hashable, Hashable]:
-    """Return what the two parts of a training step consist of: forward and backward pass, optimizer's step.
-
-    On a GPU, where the one runs while the other is launched, the first is the whole and the second nothing.
-    """
-    config = entrant.trial.config
-    place = (device, torch.get_num_threads())
-    weights = tuple((item.shape, item.dtype) for item in entrant.model.parameters())
-    optimizer = (config.optimizer, config.momentum == 0, config.clip_norm is None, weights)
-    idle = tuple(name for name in sorted(IN_LOSS) if getattr(config, name) == 0)
-    passes = (entrant.signature, config.gradient_policy is None, idle)
-    if device.startswith("cuda"):
-        return (place, passes, optimizer), ()
-    return (place, passes), (place, optimizer)
-
-
-def time_parts(task: Task, config: TrialConfig, seed: int, train: Split, device: str) -> tuple[float, float]:
-    """Return the times of the two parts of a step of `step_parts`, in ms, from a brief training.
-
-    It is the training of the config, cut short, and leaves nothing behind. NaN where it raises.
-    """
-    group = config.batch_size * config.gradient_accumulation_steps
-    rows = torch.arange(min(len(train), group * TIMED_STEPS))
-    few = Split(
-        train.inputs[rows],
-        train.targets.index(rows),
-        {name: extra[rows] for name, extra in train.extras.items()},
-    )
-    steps = -(-len(rows) // group)
-    brief = replace(
-        config,
-        max_epochs=-(-TIMED_STEPS // steps),
-        coverage_threshold=0.0,
-        restore_best=False,
-        nonfinite_budget=TIMED_STEPS,
-    )
-    clock = _PassClock()
-    try:
-        trainer = make_task_trainer(task, brief, seed, few, None, device=device, companions=[clock])
-        for _ in trainer.epochs():
-            pass
-    except Exception:  # of a task's own model or loss; the trial itself has ended well, and is kept
-        return NAN, NAN
-    step_ms = trainer.step_time_ms
-    if device.startswith("cuda"):
-        return step_ms, 0.0
-    passes_ms = config.gradient_accumulation_steps * median(
-        clock.passes_ms[WARM_UP_STEPS:] or clock.passes_ms[-1:] or [NAN]
-    )
-    return passes_ms, max(step_ms - passes_ms, 0.0)  # nan stays nan
-
-
-class _PassClock:
-    """A companion that times the forward and backward pass of every micro-batch."""
-
-    def __init__(self) -> None:
-        self.passes_ms: list[float] = []
-        self._begun = 0.0
-
-    def before_forward(self, moment: Moment) -> None:
-        """Begin."""
-        self._begun = time.perf_counter()
-
-    def after_backward(self, moment: Moment) -> None:
-        """End."""
-        self.passes_ms.append(1e3 * (time.perf_counter() - self._begun))
-
-
-# --- states that travel -------------------------------------------------------------------------------
-
-
-def split_state(state: Mapping[str, Any]) -> dict[str, LaneState]:
-    """Return the state of each running trial of a pack, by key."""
-    held = {name: item.numpy() for name, item in state["held"].items()}
-    states = {}
-    for place, lane in enumerate(state["lanes"]):
-        best = state["best"].get(lane["key"])
-        states[lane["key"]] = LaneState(
-            lane,
-            {name: item[place].copy() for name, item in held.items()},
-            {name: item.numpy() for name, item in state["optimizers"][place].items()},
-            None if best is None else best.numpy(),
-            0.0,
-        )
-    return states
-
-
-def joined_state(states: Sequence[LaneState]) -> dict[str, Any]:
-    """Return the state of a pack of these trials, wherever each of them was before."""
-    return {
-        "lanes": [state.lane for state in states],
-        "held": {
-            name: torch.from_numpy(np.stack([state.held[name] for state in states]))
-            for name in states[0].held
-        },
-        "optimizers": [
-            {name: torch.from_numpy(np.array(item)) for name, item in state.optimizer.items()}
-            for state in states
-        ],
-        "best": {
-            state.lane["key"]: torch.from_numpy(np.array(state.best))
-            for state in states
-            if state.best is not None
-        },
-        "waiting": [],
-    }
-
-
-def pack_folder(folder: Path) -> bytes:
-    """The files of a folder as bytes."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path in sorted(folder.iterdir()):
-            archive.add(path, arcname=path.name)
-    return packed.getvalue()
-
-
-def unpack_folder(packed: bytes, folder: Path) -> None:
-    """Write the files that `pack_folder` packed into a folder."""
-    with tarfile.open(fileobj=io.BytesIO(packed), mode="r") as archive:
-        archive.extractall(folder, filter="data")

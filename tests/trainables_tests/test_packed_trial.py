@@ -18,16 +18,14 @@ from scm.trial_config import TrialConfig
 from search_spaces.named import SPACES
 from trainables import packed_trial
 from trainables.configs import resolve_and_activate
+from trainables.lane_states import AloneState, LaneState
 from trainables.packed_trial import (
-    AloneState,
-    LaneState,
     Member,
     PackRun,
     Shelf,
     pack_key,
-    step_parts,
-    time_parts,
 )
+from trainables.step_timing import step_parts, time_parts
 from trainables.tasks.protocol import Task
 from trainables.tasks.registry import make_task
 from trainables.trial import DeviceError, TrialRun, make_splits, run_trial
