@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scm.data import Split
 from scm.packed.eligibility import IN_LOSS, OWN
@@ -83,12 +83,14 @@ class Told:
     """What one trial said: the numbers of an epoch (empty: none), and where it ended its outcome.
 
     state: of a trial that reached its `until` and could go on; its outcome is then the one it would have.
+    model: of a trial that has ended, where models are kept and it had one, with the weights it ended with.
     """
 
     trial_id: str
     said: Mapping[str, Any]
     outcome: Mapping[str, Any] | None = None
     state: LaneState | AloneState | None = None
+    model: nn.Module | None = None
 
 
 @dataclass
@@ -114,8 +116,9 @@ class PackRun:
     """Trials under way together: step them epoch by epoch until `done`.
 
     members: trials with names of their own. load: gives task and splits of a seed; what it raises is the
-    outcome of the seed's trials. pack_id: names the pack in outcomes. Raises `DeviceError` at once when the
-    device is absent, and nothing else: a trial that raises has failed, and no other with it.
+    outcome of the seed's trials. pack_id: names the pack in outcomes. keep_models: whether each trial's model
+    is told at its end. Raises `DeviceError` at once when the device is absent, and nothing else: a trial that
+    raises has failed, and no other with it.
 
     Outcomes have the keys of `TrialRun.outcome` and four more: `pack_id`, `pack_size` and `pack_step_time_ms`
     (the pack's step over its size) where the trial was part of a pack, else None, and `pack_note`, why it was
@@ -132,9 +135,11 @@ class PackRun:
         *,
         pack_id: str = "pack",
         shelf: Shelf | None = None,
+        keep_models: bool = False,
     ) -> None:
         check_device(device)
         self.device = device
+        self.keep_models = keep_models
         self.pack_id = pack_id
         self.shelf = Shelf() if shelf is None else shelf
         self._load = load
@@ -383,7 +388,8 @@ class _Together:
                 told.append(Told(key, seat.said, outcomes[key], state))
                 trainer.stop(key, "paused")
             else:
-                told.append(Told(key, seat.said, outcomes.get(key)))
+                kept = trainer.model_of(key) if key in outcomes and self._run.keep_models else None
+                told.append(Told(key, seat.said, outcomes.get(key), model=kept))
         return told
 
     def _outcome(self, seat: _Seat, tested: tuple[dict[str, float], float] | BaseException) -> dict[str, Any]:
@@ -490,7 +496,8 @@ class _Alone:
         said = {} if run.done else run.step()
         if run.done:
             self.done = True
-            return [Told(member.trial_id, said, self._outcome(run))]
+            kept = run.model if self._pack.keep_models else None
+            return [Told(member.trial_id, said, self._outcome(run), model=kept)]
         if member.until is None or said["epoch"] < member.until:
             return [Told(member.trial_id, said)]
         self.done = True

@@ -24,6 +24,8 @@ from trainables.configs import resolve_config
 from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits, task_symmetries
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from scm.training.companion import AnyCompanion
     from scm.training.trainer import SCMTrainer
 
@@ -193,6 +195,11 @@ class TrialRun:
         self._trainer: SCMTrainer | None = None
         with self._guarded():
             self._build(splits)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model with its weights of now; None where the trial failed before it had one."""
+        return None if self._trainer is None else self._trainer.model
 
     def step(self) -> dict[str, Any]:
         """Train one epoch and say how it went, as numbers.
