@@ -1,6 +1,6 @@
 """Inject every known way in which a training fails into a tiny one, and show what the guards make of it.
 
-Nineteen failures (`injected_failures`) and the six outcomes that were expected of the published remedies,
+Nineteen failures (`failures`) and the six outcomes that were expected of the published remedies,
 measured on the task `grid` (`grid_outcomes`). Each is measured without the guard, with it, and twice where
 nothing is injected, so that a guard is also seen to change nothing of a healthy training: bit for bit, or
 within the tolerance that its target states. Where a published remedy does not work, or a published cause is
@@ -31,8 +31,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 from benchmark_arguments import device, file_to_write
+from failures import FAILURES
+from failures.measuring import Case, Found, Setting
 from grid_outcomes import OUTCOMES, grid_task
-from injected_failures import FAILURES, Case, Found, Setting
 
 from reports.fragments import write_table_atomically
 from trainables.tasks.protocol import TaskError

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from injected_failures import UNCHANGED, Case, Found, Setting, Target, inert_equivariance, largest_difference
+from failures.equivariance import inert_equivariance
+from failures.measuring import UNCHANGED, Case, Found, Setting, Target, largest_difference
 from torch import Tensor, nn
 
 from scm.autodiff.policies import policies_disabled

@@ -36,7 +36,7 @@ def bench(load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.Monke
 @pytest.fixture
 def make_target(bench: ModuleType) -> Callable[..., Any]:
     """The class of the cases' targets."""
-    from injected_failures import Target
+    from failures.measuring import Target
 
     return Target
 
