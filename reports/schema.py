@@ -82,6 +82,7 @@ _DECODED_METRICS: tuple[Column, ...] = (
     Column("charged_error", "float64", "mean error, an abstention paying the baseline's", "task's unit"),
     Column("false_accept_rate", "float64", "accepted, among those labelled bottom", "share"),
     Column("false_reject_rate", "float64", "rejected, among those labelled finite", "share"),
+    Column("trivial_error", "float64", "charged_error of abstaining everywhere", "task's unit"),
 )
 
 METRIC_COLUMNS: tuple[Column, ...] = (

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scm.data import Split
 from scm.packed.eligibility import IN_LOSS, OWN
@@ -43,6 +43,7 @@ from trainables.trial import (
     NAN,
     TELEMETRY_PREFIX,
     TrialRun,
+    abstaining,
     check_device,
     empty_outcome,
     error_line,
@@ -374,8 +375,13 @@ class _Together:
         if ending or pausing:
             those = [*ending, *pausing.values()]
             tested = self._measure("test", those)
+            trivial = {name: self._measure(name, those, abstain=True) for name in ("val", "test")}
             for seat in those:
-                outcomes[seat.member.trial_id] = self._outcome(seat, tested[seat.member.trial_id])
+                key = seat.member.trial_id
+                outcomes[key] = self._outcome(seat, tested[key]) | {
+                    f"{prefix}trivial_error": _charged_error(trivial[name][key])
+                    for name, prefix in (("val", ""), ("test", "test_"))
+                }
         told = []
         for seat in self.seats:
             key = seat.member.trial_id
@@ -432,11 +438,17 @@ class _Together:
         }
 
     def _measure(
-        self, name: str, seats: Sequence[_Seat]
+        self, name: str, seats: Sequence[_Seat], *, abstain: bool = False
     ) -> dict[str, tuple[dict[str, float], float] | BaseException]:
-        """Score the answers of some trials on a split: metrics by column and coverage, or what was raised."""
+        """Score the answers of some trials on a split: metrics by column and coverage, or what was raised.
+
+        With `abstain`, score what models that abstain everywhere would answer.
+        """
         assert self._trainer is not None
         answers = self._trainer.decode(name)
+        decoded = Decoded(*answers[1:])
+        if abstain:
+            decoded = abstaining(decoded)
         places = {key: place for place, key in enumerate(answers.keys)}
         coverage = (1.0 - answers.bottom.flatten(1).to(torch.float64).mean(1)).tolist()
         by_split: dict[int, list[_Seat]] = {}
@@ -445,10 +457,14 @@ class _Together:
         measured: dict[str, tuple[dict[str, float], float] | BaseException] = {}
         for alike in by_split.values():
             rows = [places[seat.member.trial_id] for seat in alike]
-            for seat, row, found in zip(alike, rows, _score(alike, answers[1:], rows, name), strict=True):
+            for seat, row, found in zip(alike, rows, _score(alike, decoded, rows, name), strict=True):
                 key = seat.member.trial_id
                 measured[key] = found if isinstance(found, BaseException) else (found, coverage[row])
         return measured
+
+
+def _charged_error(measured: tuple[dict[str, float], float] | BaseException) -> float:
+    return NAN if isinstance(measured, BaseException) else measured[0]["charged_error"]
 
 
 # What an epoch says beside what an outcome does.
@@ -456,7 +472,7 @@ _OF_AN_EPOCH = ("epoch", "lr", "step_time_ms", "nan_count", "loss", "val_loss")
 
 
 def _score(
-    seats: Sequence[_Seat], columns: Sequence[Tensor], rows: Sequence[int], name: str
+    seats: Sequence[_Seat], decoded: Decoded, rows: Sequence[int], name: str
 ) -> list[dict[str, float] | BaseException]:
     """Score trials of one split, in one call where the task has a method for it."""
     task, split = seats[0].task, seats[0].splits[name]
@@ -465,14 +481,20 @@ def _score(
     if together is not None:
         place = torch.tensor(rows)
         try:
-            many = together(Decoded(*(item.index_select(0, place) for item in columns)), split, configs)
+            many = together(
+                Decoded(*(item.index_select(0, place) for item in decoded if item is not None)),
+                split,
+                configs,
+            )
             return [metric_columns(metrics, task.name) for metrics in many]
         except (Exception, SystemExit):  # one of them may be at fault: below it is seen which
             pass
     found: list[dict[str, float] | BaseException] = []
     for config, row in zip(configs, rows, strict=True):
         try:
-            metrics = task.metrics(Decoded(*(item[row] for item in columns)), split, config)
+            metrics = task.metrics(
+                Decoded(*(item[row] for item in decoded if item is not None)), split, config
+            )
             found.append(metric_columns(metrics, task.name))
         except (Exception, SystemExit) as error:  # what a task raises is the outcome of that trial
             found.append(error)

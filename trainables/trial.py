@@ -18,7 +18,7 @@ import torch
 
 from scm.data import Split
 from scm.seeding import seeded_init
-from scm.trial import decode_split, make_trainer
+from scm.trial import Decoded, decode_split, make_trainer
 from scm.trial_config import TrialConfig
 from trainables.configs import resolve_config
 from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits, task_symmetries
@@ -125,6 +125,17 @@ def metric_columns(metrics: object, where: str) -> dict[str, float]:
     for key in STANDARD_METRICS:
         columns.setdefault(key, NAN)
     return columns
+
+
+def abstaining(decoded: Decoded) -> Decoded:
+    """The answers of a model that abstains everywhere, in the shapes of `decoded`."""
+    return Decoded(
+        torch.full_like(decoded.decoded, NAN),
+        torch.ones_like(decoded.bottom),
+        torch.zeros_like(decoded.fault),
+        torch.zeros_like(decoded.q_abs),
+        None if decoded.numerator is None else torch.zeros_like(decoded.numerator),
+    )
 
 
 def make_splits(task: Task, seed: int) -> Mapping[str, Split]:
@@ -280,7 +291,7 @@ class TrialRun:
     def _train_epoch(self) -> None:
         assert self._trainer is not None
         report = next(self._epochs)
-        metrics, coverage = self._evaluate("val")
+        metrics, coverage = self._score("val", self._decode("val"))
         epoch = report.epoch + 1
         self._said = {
             "epoch": epoch,
@@ -296,13 +307,23 @@ class TrialRun:
         self._epoch = epoch
         self.done = report.status != "running"
 
-    def _evaluate(self, name: str) -> tuple[dict[str, float], float]:
-        """Decode a split at tau_infer; return its metrics by column name, and its coverage."""
+    def _decode(self, name: str) -> Decoded:
+        """Decode a split at tau_infer."""
         assert self._trainer is not None
-        split = self._splits[name]
-        decoded = decode_split(self._trainer.model, split, tau_infer=self._settings.tau_infer)
-        metrics = self.task.metrics(decoded, split, self._settings)
+        return decode_split(self._trainer.model, self._splits[name], tau_infer=self._settings.tau_infer)
+
+    def _score(self, name: str, decoded: Decoded) -> tuple[dict[str, float], float]:
+        """Return the metrics of decoded answers by column name, and their coverage."""
+        metrics = self.task.metrics(decoded, self._splits[name], self._settings)
         return metric_columns(metrics, self.task.name), 1.0 - float(decoded.bottom.to(torch.float64).mean())
+
+    def _score_abstaining(self, name: str, decoded: Decoded) -> float:
+        """Return the charged_error of a model that abstains everywhere; NaN where the task cannot say it."""
+        try:
+            metrics, _ = self._score(name, abstaining(decoded))
+        except (Exception, SystemExit):  # of a trial that did answer, nothing is lost by not knowing
+            return NAN
+        return metrics["charged_error"]
 
     def _telemetry(self) -> dict[str, float]:
         assert self._trainer is not None
@@ -312,9 +333,11 @@ class TrialRun:
         assert self._trainer is not None
         outcome = self._counts()
         for name, prefix in (("val", ""), ("test", "test_")):
-            metrics, coverage = self._evaluate(name)
+            decoded = self._decode(name)
+            metrics, coverage = self._score(name, decoded)
             outcome[f"{prefix}coverage"] = coverage
             outcome |= {f"{prefix}{key}": value for key, value in metrics.items()}
+            outcome[f"{prefix}trivial_error"] = self._score_abstaining(name, decoded)
         status, reason = self._trainer.status, self._trainer.stop_reason
         if status == "running":
             status, reason = "stopped", self._stop_reason
@@ -357,7 +380,7 @@ class TrialRun:
 
 def empty_outcome(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give every key of an outcome, with NaN, 0 or "" where nothing is known yet."""
-    measured = ("coverage", *STANDARD_METRICS)
+    measured = ("coverage", *STANDARD_METRICS, "trivial_error")
     target = config.get("target_coverage")
     return {
         "status": "failed",

@@ -98,6 +98,29 @@ def test_outcome_holds_every_column_and_finite_losses(task: TableTask) -> None:
     assert {f"test_{name}" for name in STANDARD_METRICS} <= set(outcome)
 
 
+def test_the_trivial_error_is_that_of_a_model_that_abstains_everywhere(task: TableTask) -> None:
+    """It is the charged_error of no answer at all, whatever the trained model answers."""
+    outcome = run_trial(task, SHORT, 0)
+    none = run_trial(task, {**SHORT, "tau_infer": 2.0, "tau_train_min": 2.0, "tau_train_max": 2.0}, 0)
+    assert (none["coverage"], none["test_coverage"]) == (0.0, 0.0)
+    for prefix in ("", "test_"):
+        assert outcome[f"{prefix}trivial_error"] == none[f"{prefix}charged_error"]
+        assert outcome[f"{prefix}trivial_error"] == none[f"{prefix}trivial_error"]
+
+
+def test_a_task_that_cannot_score_abstaining_loses_no_trial(task: TableTask) -> None:
+    """What such a model would cost is then unknown, and all else is as it was."""
+
+    def metrics(decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
+        if bool(decoded.bottom.all()):
+            raise ValueError("no answers to score")
+        return task.metrics(decoded, split, config)
+
+    outcome = run_trial(Altered(task, metrics=metrics), SHORT, 0)
+    assert (outcome["status"], outcome["error"]) == ("completed", "")
+    assert math.isnan(outcome["trivial_error"])
+
+
 def test_same_config_and_seed_give_the_same_outcome(task: TableTask) -> None:
     """Whatever ran before, and wherever torch's global generator stands."""
     first = run_trial(task, SHORT, 3)
