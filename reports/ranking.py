@@ -4,8 +4,10 @@ A config is judged by all its trials. It is ruled out (`feasible` false, the rea
 `failed_budget` of its trials went wrong: are missing, failed, diverged, or without a finite value in an
 objective; and when its trials met more than `nan_budget` non-finite values together. A stopped trial counts
 with what it reached. The remaining configs fall into Pareto fronts over the means of the objectives. A trial
-that went wrong pays the worst there is in every objective, so a config never gains by one. Ruled-out configs
-stay in the table, below all others.
+that went wrong pays the worst there is in every objective, so a config never gains by one. Configs whose
+charged_error is no less than what abstaining everywhere would cost are worth nothing, however fast they are
+or much they answer: their fronts come after those of the others, and before those of configs with trials
+that went wrong within the budget. Ruled-out configs stay in the table, below all.
 
 In the fronts, step times in the same cell of a geometric grid (ratio 1 + `step_time_tolerance`) are equal:
 the noise of a clock should not make a config optimal. The grid is fixed, since a tolerance between pairs is
@@ -92,9 +94,11 @@ class RankingOptions:
 def rank(rows: pa.Table, options: RankingOptions | None = None) -> pa.Table:
     """The leaderboard: every config of the rows once, best first, whatever the order of the rows.
 
-    Columns: rank (from 1), feasible, front (from 1; null for a config ruled out), why (empty where feasible),
-    then those of `reports.aggregate.aggregate_configs`. Inside a front, configs with fewer trials gone wrong
-    come first, then `options.ties` decide, then config_id; ruled-out configs follow in the same order.
+    Columns: rank (from 1), feasible, front (from 1; null for a config ruled out), beats_abstaining (whether
+    its mean charged_error is less than its mean trivial_error; null where the rows do not say), why (empty
+    where feasible), then those of `reports.aggregate.aggregate_configs`. Inside a front, configs with fewer
+    trials gone wrong come first, then `options.ties` decide, then config_id; ruled-out configs follow in the
+    same order.
 
     Raises ValueError where the rows lack a column that the options name, and as `aggregate_configs` does.
     """
@@ -111,10 +115,14 @@ def rank(rows: pa.Table, options: RankingOptions | None = None) -> pa.Table:
     for metric in (*options.objectives, *options.ties):
         if metric.name not in charged:
             charged[metric.name] = _charged_mean(trials, metric, gone_wrong)
+    beats = _beats_abstaining(trials)
+    objectives = [_as_compared(charged[metric.name], metric, options) for metric in options.objectives]
     front = np.zeros(trials.configs, dtype=np.int64)
-    if feasible.any():
-        objectives = [_as_compared(charged[metric.name], metric, options) for metric in options.objectives]
-        front[feasible] = pareto_fronts(np.column_stack(objectives)[feasible]) + 1
+    kind = np.where(number_wrong > 0, 2, np.where(beats == 0, 1, 0))
+    for which in range(3):
+        those = feasible & (kind == which)
+        if those.any():
+            front[those] = front.max() + 1 + pareto_fronts(np.column_stack(objectives)[those])
     ties = [charged[metric.name] for metric in options.ties]
     # The last key of lexsort decides first; it is stable, and configs stand by config_id.
     order = np.lexsort((*reversed(ties), number_wrong, front, ~feasible))
@@ -124,6 +132,7 @@ def rank(rows: pa.Table, options: RankingOptions | None = None) -> pa.Table:
         "rank": pa.array(np.arange(1, trials.configs + 1)),
         "feasible": pa.array(feasible[order]),
         "front": pa.array(front[order], mask=~feasible[order]),
+        "beats_abstaining": pa.array(beats[order] != 0, mask=np.isnan(beats[order])),
         "why": pa.array([why[index] for index in order], type=pa.string()),
     }
     configs = trials.aggregate().take(pa.array(order))
@@ -181,6 +190,20 @@ def _charged_mean(trials: Trials, metric: Metric, gone_wrong: Bools) -> Floats:
     with np.errstate(over="ignore"):  # a mean of values near the largest float is as bad as the worst
         mean = trials.total(values) / trials.counts
     return np.where(trials.missing() > 0, np.inf, mean)
+
+
+def _beats_abstaining(trials: Trials) -> Floats:
+    """1 for a config that is worth more than no answer at all, 0 for one that is not, NaN where unknown.
+
+    It is judged by its trials that know both errors; an infinite charged_error is known.
+    """
+    if not {"charged_error", "trivial_error"} <= set(trials.rows.column_names):
+        return np.full(trials.configs, np.nan)
+    charged, trivial = trials.floats("charged_error"), trials.floats("trivial_error")
+    known = ~np.isnan(charged) & np.isfinite(trivial)
+    with np.errstate(over="ignore", invalid="ignore"):
+        gained = trials.total(np.where(known, trivial - charged, 0.0))
+    return np.where(trials.count(known) > 0, (gained > 0).astype(np.float64), np.nan)
 
 
 def _as_compared(values: Floats, metric: Metric, options: RankingOptions) -> Floats:

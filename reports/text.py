@@ -25,9 +25,10 @@ def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
     """What `reports.ranking.rank` returned, as lines of at most 120 columns, the last without a newline.
 
     First what was run and how it was ranked, then the `top` best configs (all for None), each with mean ± std
-    over seeds; the knobs that are not the same in every config stand below each config, or, when there are
-    many, below the table for the best one. Then the configs that were ruled out (`top` of them), each with
-    its reason. What is left out is counted. Ids and names are never cut.
+    over seeds, those that are no better than abstaining everywhere below a line that says so; the knobs that
+    are not the same in every config stand below each config, or, when there are many, below the table for
+    the best one. Then the configs that were ruled out (`top` of them), each with its reason. What is left
+    out is counted. Ids and names are never cut.
     """
     if len(table) == 0:
         return "no configs"
@@ -103,6 +104,7 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
         for index, column in enumerate(columns):
             left = index == 2  # the id; all else are numbers
             cells.append(column[row].ljust(_width(column)) if left else column[row].rjust(_width(column)))
+        lines += _heading(entries[row - 2] if row > 1 else {}, entries[row - 1]) if row else []
         lines.append(GAP.join(cells).rstrip())
         if row:
             entry = entries[row - 1]
@@ -111,6 +113,17 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
             if said:
                 lines += _wrap(" ".join(said), first=INDENT, rest=INDENT)
     return lines
+
+
+def _heading(above: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """The line that stands between two configs where from here on they are of another kind."""
+    was, now = above.get("beats_abstaining") is False, entry.get("beats_abstaining") is False
+    if now and not was:
+        cost = format_number(entry["trivial_error_mean"])
+        return [f"      no better than abstaining everywhere, which has a charged_error of {cost}:"]
+    if was and not now:
+        return ["      with trials that went wrong:"]
+    return []
 
 
 def _knobs_of(entry: dict[str, Any], knobs: list[str]) -> list[str]:

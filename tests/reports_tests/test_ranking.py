@@ -28,6 +28,8 @@ ROW_TYPES = pa.schema(
         ("coverage", pa.float64()),
         ("target_coverage", pa.float64()),
         ("accepted_error", pa.float64()),
+        ("charged_error", pa.float64()),
+        ("trivial_error", pa.float64()),
         ("step_time_ms", pa.float64()),
     ]
 )
@@ -128,6 +130,29 @@ def test_ties_are_broken_in_the_stated_order():
     assert order(front, nan_budget=3) == "caedb"
     assert order(front, nan_budget=3, tie_break=("accepted_error", "step_time_ms")) == "bcade"
     assert order(front, nan_budget=3, by=("accepted_error",)) == "bcaed"
+
+
+def test_what_is_no_better_than_abstaining_stands_below_all_that_is():
+    """Neither speed nor coverage lifts garbage, or a model that answers nothing, over an honest config."""
+    abstains = {"accepted_error": 0.1, "coverage": 0.95, "charged_error": 2.0, "trivial_error": 2.0}
+    found = ranked(
+        [
+            row("a", charged_error=9.0, trivial_error=2.0, step_time_ms=0.1, accepted_error=0.1),
+            row("b", **abstains),
+            row("c", charged_error=1.9, trivial_error=2.0, step_time_ms=9.0, accepted_error=3.0),
+            row("d", charged_error=math.inf, trivial_error=2.0, step_time_ms=0.01, accepted_error=0.0),
+            row("e", accepted_error=9.0, step_time_ms=9.0),  # of an earlier version, which does not know
+        ]
+    )
+    assert "".join(found) in ("cedba", "cedab")
+    assert {name: entry["beats_abstaining"] for name, entry in found.items()} == {
+        "a": False,
+        "b": False,
+        "c": True,
+        "d": False,
+        "e": None,
+    }
+    assert found["d"]["front"] > found["e"]["front"]
 
 
 def test_a_nan_rules_a_config_out_and_says_why():
@@ -262,9 +287,9 @@ def test_configs_can_be_ranked_by_telemetry():
 
 
 def test_a_metric_that_the_rows_lack_is_named():
-    """A known metric without a column is an error with the nearest that there is."""
-    with pytest.raises(ValueError, match="rows hold no metric charged_error; did you mean accepted_error"):
-        rank(table_of([row("a")]), RankingOptions(by=("charged_error",)))
+    """A known metric without a column is an error that names it."""
+    with pytest.raises(ValueError, match="rows hold no metric val_loss"):
+        rank(table_of([row("a")]), RankingOptions(by=("val_loss",)))
 
 
 @pytest.mark.parametrize(
@@ -308,6 +333,8 @@ measured = st.fixed_dictionaries(
         "coverage": st.sampled_from([0.0, 0.5, 0.94, 0.95, 1.0]),
         "target_coverage": st.sampled_from([0.5, 0.95]),
         "accepted_error": numbers | st.just(math.nan),
+        "charged_error": numbers | st.sampled_from([math.nan, math.inf]),
+        "trivial_error": st.sampled_from([0.5, 1.0, math.nan]),
         "step_time_ms": numbers,
     }
 )

@@ -44,6 +44,16 @@ def test_a_leaderboard_reads_as_it_should(make_rows, make_row):
     assert text == textwrap.dedent(GOLDEN).strip("\n")
 
 
+def test_what_is_no_better_than_abstaining_is_said(make_rows, make_row):
+    """A line parts those configs from the ones that are worth something."""
+    errors = {"a": 1.0, "b": 3.0, "c": 4.0}
+    rows = [make_row(name, charged_error=error, trivial_error=2.0) for name, error in errors.items()]
+    lines = render_leaderboard(rank(make_rows(rows))).splitlines()
+    (at,) = [index for index, line in enumerate(lines) if "no better than abstaining" in line]
+    assert lines[at].endswith("a charged_error of 2:")
+    assert [line.split()[2] for line in (lines[at - 1], lines[at + 1], lines[at + 2])] == ["a", "b", "c"]
+
+
 def test_one_config_has_no_knobs_that_vary(make_rows, make_row):
     """With one trial there is no spread and nothing to compare: one line says it all."""
     text = render_leaderboard(rank(make_rows([make_row("a")])))
