@@ -27,7 +27,7 @@ from pydantic import (
 from harness.errors import UserError, nearest, one_line
 from harness.search import SEARCHERS, check_grid
 from harness.yaml_text import Document, KeyPath, read_yaml, write_yaml
-from reports.metrics import SHORTFALL, parse_metric
+from reports.metrics import ROBUSTNESS, SHORTFALL, parse_metric
 from search_spaces.errors import SpaceError
 from search_spaces.named import SPACES, parse_space
 from search_spaces.space import Space
@@ -321,7 +321,11 @@ def metric_lines(document: Document, at: KeyPath, texts: Sequence[str], *, lower
         except ValueError as error:
             lines.append(f"{place}: {one_line(error)}")
             continue
-        if lower and metric.direction != "lower":
+        if metric.name == ROBUSTNESS:
+            lines.append(
+                f"{place}: robustness is measured after a sweep; ask `scm-harness rank RUN --by robustness`"
+            )
+        elif lower and metric.direction != "lower":
             lines.append(f"{place}: an objective must be better when lower, got {text!r}")
         if metric.name in names:
             lines.append(f"{place}: a metric must be named once, got {metric.name!r} again")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from reports.schema import METRIC_PREFIXES, OPEN_PREFIXES, nearest_name
 
 SHORTFALL = "coverage_shortfall"
+ROBUSTNESS = "robustness"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ METRICS: dict[str, Metric] = {
         Metric("duration_s", "lower", "s"),
         Metric("parameters", "lower", "weights"),
         Metric("epochs", "lower", "epochs"),
+        Metric(ROBUSTNESS, "higher", "score"),
         Metric("metric.macro_f1", "higher", "share"),
         Metric("metric.direction_macro_f1", "higher", "share"),
         Metric("metric.accuracy", "higher", "share"),

@@ -13,6 +13,10 @@ In the fronts, step times in the same cell of a geometric grid (ratio 1 + `step_
 the noise of a clock should not make a config optimal. The grid is fixed, since a tolerance between pairs is
 not transitive, and one relative to the fastest would let a third config change how two compare. Two times on
 either side of a grid line do count as different.
+
+Robustness is a property of a config, measured after the run by `scm-harness robustness`. Where it is an
+objective, configs without a score form fronts of their own, behind those of all configs with one: that
+nobody examined them neither rules them out nor lets them stand above one that was.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ import pyarrow as pa
 
 from reports.aggregate import Bools, Floats, Ints, Trials, group_trials
 from reports.fragments import write_table_atomically
-from reports.metrics import SHORTFALL, Metric, parse_metric
+from reports.metrics import ROBUSTNESS, SHORTFALL, Metric, parse_metric
+from reports.robustness_scores import INTERVAL
 from reports.schema import nearest_name
 
 LEADERBOARD_FILE = "leaderboard.parquet"
@@ -91,20 +96,25 @@ class RankingOptions:
         return tuple(metrics)
 
 
-def rank(rows: pa.Table, options: RankingOptions | None = None) -> pa.Table:
+def rank(
+    rows: pa.Table, options: RankingOptions | None = None, robustness: pa.Table | None = None
+) -> pa.Table:
     """The leaderboard: every config of the rows once, best first, whatever the order of the rows.
 
     Columns: rank (from 1), feasible, front (from 1; null for a config ruled out), beats_abstaining (whether
     its mean charged_error is less than its mean trivial_error; null where the rows do not say), why (empty
-    where feasible), then those of `reports.aggregate.aggregate_configs`. Inside a front, configs with fewer
-    trials gone wrong come first, then `options.ties` decide, then config_id; ruled-out configs follow in the
-    same order.
+    where feasible); with `robustness` (as `reports.robustness_scores.read_robustness` gives it) robustness,
+    robustness_low and robustness_high, NaN for a config without a score; then those of
+    `reports.aggregate.aggregate_configs`. Inside a front, configs with fewer trials gone wrong come first,
+    then `options.ties` decide, then config_id; ruled-out configs follow in the same order.
 
-    Raises ValueError where the rows lack a column that the options name, and as `aggregate_configs` does.
+    Raises ValueError where the rows lack a column that the options name, where they name robustness and there
+    is none, and as `aggregate_configs` does.
     """
     options = options or RankingOptions()
     trials = group_trials(rows, target_coverage=options.target_coverage, seeds=options.seeds)
-    _check_metrics(trials, options)
+    _check_metrics(trials, options, robustness)
+    scores = _scores_of(trials, robustness)
     wrong = _find_wrong(trials, options)
     gone_wrong = np.logical_or.reduce([mask for _, mask in wrong])
     number_wrong = trials.count(gone_wrong) + trials.missing()
@@ -113,13 +123,18 @@ def rank(rows: pa.Table, options: RankingOptions | None = None) -> pa.Table:
 
     charged: dict[str, Floats] = {NAN_COUNT.name: nan_count.astype(np.float64)}
     for metric in (*options.objectives, *options.ties):
-        if metric.name not in charged:
+        if metric.name == ROBUSTNESS:
+            charged[metric.name] = np.where(np.isfinite(scores[ROBUSTNESS]), -scores[ROBUSTNESS], np.inf)
+        elif metric.name not in charged:
             charged[metric.name] = _charged_mean(trials, metric, gone_wrong)
-    beats = _beats_abstaining(trials)
     objectives = [_as_compared(charged[metric.name], metric, options) for metric in options.objectives]
+    unscored = np.zeros(trials.configs, dtype=bool)
+    if any(metric.name == ROBUSTNESS for metric in options.objectives):
+        unscored = np.isinf(charged[ROBUSTNESS])
+    beats = _beats_abstaining(trials)
+    kind = np.where(number_wrong > 0, 4, 2 * (beats == 0) + unscored)
     front = np.zeros(trials.configs, dtype=np.int64)
-    kind = np.where(number_wrong > 0, 2, np.where(beats == 0, 1, 0))
-    for which in range(3):
+    for which in range(5):
         those = feasible & (kind == which)
         if those.any():
             front[those] = front.max() + 1 + pareto_fronts(np.column_stack(objectives)[those])
@@ -135,6 +150,8 @@ def rank(rows: pa.Table, options: RankingOptions | None = None) -> pa.Table:
         "beats_abstaining": pa.array(beats[order] != 0, mask=np.isnan(beats[order])),
         "why": pa.array([why[index] for index in order], type=pa.string()),
     }
+    if robustness is not None:
+        columns |= {name: pa.array(values[order]) for name, values in scores.items()}
     configs = trials.aggregate().take(pa.array(order))
     columns |= {name: configs.column(name) for name in configs.column_names}
     return pa.table(columns).replace_schema_metadata({RANKED_BY_KEY: _ranked_by(options)})
@@ -162,11 +179,30 @@ def write_leaderboard(run: Path, leaderboard: pa.Table) -> Path:
     return path
 
 
-def _check_metrics(trials: Trials, options: RankingOptions) -> None:
+def _check_metrics(trials: Trials, options: RankingOptions, robustness: pa.Table | None) -> None:
     known = trials.spread_columns()
     for metric in (*options.objectives, *options.ties):
-        if metric is not NAN_COUNT and metric.name not in known:
+        if metric.name == ROBUSTNESS:
+            if robustness is None:
+                raise ValueError("no config has a robustness yet: run `scm-harness robustness RUN` first")
+        elif metric is not NAN_COUNT and metric.name not in known:
             raise ValueError(f"the rows hold no metric {metric.name}{nearest_name(metric.name, known)}")
+
+
+def _scores_of(trials: Trials, robustness: pa.Table | None) -> dict[str, Floats]:
+    """Score and interval of each config, NaN for one that has none."""
+    named = {ROBUSTNESS: ROBUSTNESS, **{name: f"{ROBUSTNESS}_{name}" for name in INTERVAL}}
+    scores = {name: np.full(trials.configs, np.nan) for name in named.values()}
+    if robustness is None:
+        return scores
+    ids = trials.rows.column("config_id").take(pa.array(trials.starts)).to_pylist()
+    place = {config_id: index for index, config_id in enumerate(ids)}
+    for entry in robustness.to_pylist():
+        if entry["config_id"] in place:
+            for column, name in named.items():
+                if entry[column] is not None:
+                    scores[name][place[entry["config_id"]]] = entry[column]
+    return scores
 
 
 def _find_wrong(trials: Trials, options: RankingOptions) -> list[tuple[str, Bools]]:
@@ -176,6 +212,8 @@ def _find_wrong(trials: Trials, options: RankingOptions) -> list[tuple[str, Bool
     found = [("failed", failed), ("diverged", diverged)]
     found.append(("without a nan_count", trials.is_null("nan_count") & ~ended_badly))
     for metric in options.objectives:
+        if metric.name == ROBUSTNESS:
+            continue
         found.append(
             (f"without a finite {metric.name}", ~np.isfinite(trials.floats(metric.name)) & ~ended_badly)
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reports.metrics import SHORTFALL
+from reports.metrics import ROBUSTNESS, SHORTFALL
 from reports.ranking import RANKED_BY_KEY
 from reports.schema import CONFIG_PREFIX, TRIAL_STATUSES, config_columns
 
@@ -134,8 +134,9 @@ def _knobs_of(entry: dict[str, Any], knobs: list[str]) -> list[str]:
 
 def _shown_metrics(table: pa.Table) -> list[str]:
     by = _ranked_by(table).get("by", list(DEFAULT_METRICS))
-    names = [*by, *(name for name in ("coverage",) if name not in by)]
-    return [name for name in names if f"{name}_mean" in table.column_names]
+    names = [*by, *(name for name in ("coverage", ROBUSTNESS) if name not in by)]
+    known = {*table.column_names}
+    return [name for name in names if f"{name}_mean" in known or (name == ROBUSTNESS and name in known)]
 
 
 def _varying_knobs(table: pa.Table) -> list[str]:
@@ -153,10 +154,19 @@ def _ranked_by(table: pa.Table) -> dict[str, Any]:
 
 
 def _spread(entry: dict[str, Any], metric: str) -> str:
+    if metric == ROBUSTNESS:
+        return _interval(entry)
     mean, std = entry[f"{metric}_mean"], entry[f"{metric}_std"]
     if std is None or mean is None or math.isnan(mean):
         return format_number(mean)
     return f"{format_number(mean)} ± {std:.2g}"
+
+
+def _interval(entry: dict[str, Any]) -> str:
+    score, low, high = (entry[f"{ROBUSTNESS}{end}"] for end in ("", "_low", "_high"))
+    if math.isnan(score):
+        return "-"
+    return f"{score:.3g}" if math.isnan(low) or math.isnan(high) else f"{score:.3g} [{low:.2g}, {high:.2g}]"
 
 
 def _knob(name: str, value: Any) -> str:

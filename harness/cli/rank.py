@@ -32,7 +32,8 @@ def make_parser() -> CommandParser:
         action="append",
         type=_names,
         metavar="METRIC[,METRIC...]",
-        help="objectives of the fronts; a task's own metric needs its direction, as in metric.hits:higher",
+        help="objectives of the fronts; a task's own metric needs its direction, as in metric.hits:higher; "
+        "robustness is what `scm-harness robustness RUN` measured",
     )
     add("--top", type=parse_top, default=TOP, metavar="N", help=f"configs to print, or all (default {TOP})")
     add("--nan-budget", type=int, metavar="N", help="non-finite values that a config may have met")
@@ -81,11 +82,13 @@ def run(
     """
     from reports.fragments import RunReadError
     from reports.ranking import rank, write_leaderboard
+    from reports.robustness_scores import read_robustness
     from reports.rows import read_rows
     from reports.text import render_leaderboard
 
     try:
         rows = read_rows(folder)
+        robustness = read_robustness(folder)
     except RunReadError as error:
         raise UserError(str(error), EXIT_RUN_FOLDER) from None
     given = {
@@ -96,7 +99,7 @@ def run(
         "step_time_tolerance": step_time_tolerance,
     }
     try:
-        leaderboard = rank(rows, make_options(folder, given))
+        leaderboard = rank(rows, make_options(folder, given), robustness)
     except ValueError as error:
         raise UserError(str(error), EXIT_BAD_INPUT) from None
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -221,6 +222,54 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def write_scores(run: Path, columns: dict[str, list[Any]]) -> Path:
+    path = run / "robustness" / "scores.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_robustness_that_was_measured_is_shown_and_can_decide(run, capsys):
+    """A run's scores stand in its leaderboard; with --by they order it, unexamined configs last."""
+    columns = {"config_id": ["aaa", "bbb"], "robustness": [0.9, 0.4], "low": [0.8, 0.3], "high": [0.95, 0.5]}
+    write_scores(run, columns)
+    assert main(["rank", str(run)]) == 0
+    assert "0.4 [0.3, 0.5]" in capsys.readouterr().out
+    assert ranking_of(run) == ["bbb", "aaa", "ccc"]
+    assert main(["rank", str(run), "--by", "robustness", "--nan-budget", "2"]) == 0
+    assert ranking_of(run) == ["aaa", "bbb", "ccc"]
+    board = pq.read_table(run / "leaderboard.parquet")
+    assert board.column("robustness").to_pylist()[:2] == [0.9, 0.4]
+    assert board.column("feasible").to_pylist() == [True, True, True]
+
+
+def test_robustness_that_was_not_measured_is_one_line(run, capsys):
+    """The line says which command measures it."""
+    assert main(["rank", str(run), "--by", "robustness"]) == 2
+    check_one_line(
+        capsys.readouterr(), "no config has a robustness yet: run `scm-harness robustness RUN` first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"config_id": ["a"]}, "scores.parquet holds no column robustness"),
+        ({"config_id": ["a"], "robustness": ["x"], "low": [0.0], "high": [0.0]}, "does not hold scores"),
+        ({"config_id": ["a", "a"], "robustness": [0.0] * 2, "low": [0.0] * 2, "high": [0.0] * 2}, "twice"),
+        (None, "scores.parquet cannot be read as Parquet"),
+    ],
+    ids=["column", "type", "twice", "corrupt"],
+)
+def test_scores_that_are_none_are_one_line_and_code_4(run, capsys, columns, message):
+    """A file of scores that cannot be what it should be is named, not passed over."""
+    path = write_scores(run, columns or {"x": [1]})
+    if columns is None:
+        path.write_bytes(path.read_bytes()[:-9])
+    assert main(["rank", str(run)]) == 4
+    check_one_line(capsys.readouterr(), message)
 
 
 def check_one_line(captured: Any, message: str) -> None:

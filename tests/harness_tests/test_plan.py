@@ -84,6 +84,10 @@ def problems(tmp_path: Path, text: str) -> list[str]:
             HEAD + "space: [optimizer]\nsearch: {algorithm: tpe, objectives: [coverage]}\n",
             ["3:39: an objective must be better when lower", "3:38: scalarisation 'lexicographic' needs"],
         ),
+        (
+            HEAD + "space: [optimizer]\nranking: {by: [robustness]}\n",
+            ["3:16: robustness is measured after a sweep"],
+        ),
         (HEAD + "space: [optimizer\n", ["3:1: not YAML"]),
         (
             HEAD + "space: [optimizer]\nsearch: {algorithm: randm}\n",

@@ -421,3 +421,71 @@ def test_means_that_overflow_are_the_worst_and_no_warning():
     rows = [row("a", seed, accepted_error=1.7e308) for seed in SEEDS]
     rows += [row("b", seed, accepted_error=1e3) for seed in SEEDS]
     assert order(rows, by=("accepted_error",)) == "ba"
+
+
+def scored(scores: dict[str, float | None]) -> pa.Table:
+    """Robustness by config, with an interval of a tenth to each side."""
+    held = [
+        {
+            "config_id": name,
+            "robustness": score,
+            "low": None if score is None else score - 0.1,
+            "high": None if score is None else score + 0.1,
+        }
+        for name, score in scores.items()
+    ]
+    schema = pa.schema(
+        [("config_id", pa.string()), *((n, pa.float64()) for n in ("robustness", "low", "high"))]
+    )
+    return pa.Table.from_pylist(held, schema=schema)
+
+
+def test_robustness_is_a_column_wherever_it_was_measured():
+    """It stands in the leaderboard without being asked for; a config that nobody examined has NaN."""
+    rows = table_of([row(name) for name in "ab"])
+    entries = rank(rows, robustness=scored({"b": 0.8, "not in the run": 0.1})).to_pylist()
+    held = {entry["config_id"]: entry for entry in entries}
+    assert held["b"]["robustness"] == 0.8
+    assert held["b"]["robustness_low"] == pytest.approx(0.7)
+    assert math.isnan(held["a"]["robustness"])
+    assert all(entry["feasible"] for entry in entries)
+    assert "robustness" not in rank(rows).column_names
+
+
+def test_the_more_robust_config_stands_first_when_asked():
+    """Higher is better, and a score that is not finite is none."""
+    rows = table_of([row(name) for name in "abcd"])
+    scores = scored({"a": 0.2, "b": 0.9, "c": float("nan"), "d": None})
+    entries = rank(rows, RankingOptions(by=("robustness",)), scores).to_pylist()
+    assert [entry["config_id"] for entry in entries] == ["b", "a", "c", "d"]
+    assert [entry["front"] for entry in entries] == [1, 2, 3, 3]
+    assert [entry["why"] for entry in entries] == [""] * 4
+
+
+@given(
+    st.lists(st.tuples(st.none() | st.floats(0, 1), st.floats(0, 2), st.booleans()), min_size=1, max_size=8)
+)
+def test_no_config_without_a_score_stands_above_one_with(drawn):
+    """Whatever else it is good at; what is ruled out stays below both."""
+    rows, scores = [], {}
+    for index, (score, error, failed) in enumerate(drawn):
+        name = f"c{index}"
+        rows.append(row(name, accepted_error=error, status="failed" if failed else "completed"))
+        scores[name] = score
+    options = RankingOptions(by=("accepted_error", "robustness"))
+    entries = rank(table_of(rows), options, scored(scores)).to_pylist()
+    order = [
+        (not entry["feasible"], math.isnan(entry["robustness"])) for entry in entries if entry["feasible"]
+    ]
+    assert order == sorted(order)
+    fronts = [entry["front"] for entry in entries if entry["feasible"]]
+    assert fronts == sorted(fronts)
+    assert sorted(entry["config_id"] for entry in entries) == sorted(scores)
+
+
+def test_robustness_that_was_not_measured_cannot_be_an_objective():
+    """The message says what to run."""
+    with pytest.raises(
+        ValueError, match="no config has a robustness yet: run `scm-harness robustness RUN` first"
+    ):
+        rank(table_of([row("a")]), RankingOptions(by=("robustness",)))

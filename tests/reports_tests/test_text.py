@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 
+import pyarrow as pa
 import pytest
 
 from reports.ranking import RankingOptions, rank
@@ -130,3 +131,15 @@ def test_lines_fit_whatever_is_ranked(make_rows, make_row):
 def test_numbers_are_short(value, text):
     """Four digits are what a reader compares; what does not apply is a dash."""
     assert format_number(value) == text
+
+
+def test_robustness_is_shown_with_its_interval(make_rows, make_row):
+    """Where a run was examined, its scores stand beside the metrics, and a dash where there is none."""
+    scores = pa.table({"config_id": ["a"], "robustness": [0.8], "low": [0.75], "high": [0.851]})
+    lines = render_leaderboard(
+        rank(make_rows([make_row("a"), make_row("b")]), robustness=scores)
+    ).splitlines()
+    head, first, second = lines[-3:]
+    assert "robustness" in head
+    assert "0.8 [0.75, 0.85]" in first
+    assert second.split()[-4:] == ["0.95", "-", "0", "1"]
