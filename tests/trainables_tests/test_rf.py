@@ -204,6 +204,20 @@ def test_the_row_fit_is_bounded_and_zero_at_the_answer() -> None:
     assert float(row_fit_loss(*opposite, y, ones, weight_cap=4.0)) <= 4.0
 
 
+def test_the_row_fit_of_a_row_of_zeros_has_a_gradient() -> None:
+    """At P = Q = 0 nothing is pulled anywhere, and no NaN spoils the other rows."""
+    P = torch.tensor([[0.0, 0.0], [1.0, 2.0]], requires_grad=True)
+    Q = torch.tensor([[0.0, 0.0], [1.0, 1.0]], requires_grad=True)
+    y, ones = torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.ones(2, 2)
+    row_fit_loss(P, Q, y, ones).backward()
+    assert P.grad is not None
+    assert Q.grad is not None
+    assert torch.equal(P.grad[0], torch.zeros(2))
+    assert torch.equal(Q.grad[0], torch.zeros(2))
+    assert bool(P.grad[1].isfinite().all())
+    assert bool(P.grad[1].ne(0).any())
+
+
 def test_row_weights_count_rows_of_the_row_fit() -> None:
     """A row of weight 2 counts as two, one of weight 0 not at all, however wrong it is; masks as well."""
     drawn = torch.Generator().manual_seed(0)

@@ -96,7 +96,9 @@ def row_fit_loss(
     made = P.square().sum(dim=-1) + q.squeeze(-1).square()
     asked = Y_n.square().sum(dim=-1) + d.squeeze(-1).square()
     tiny = torch.finfo(P.dtype).tiny
-    term = residual / (made * asked).clamp_min(tiny)
+    scale = made * asked
+    # A row of zeros asks for nothing; clamped, its scale would be squared to 0 on the way back: 0/0.
+    term = residual / torch.where(scale > tiny, scale, 1.0)
     term = term * asked.square().clamp_max(weight_cap)
     rows = None if mask is None else mask.all(dim=-1)
     if row_weights is not None:
