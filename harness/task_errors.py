@@ -18,6 +18,8 @@ def task_errors_told(name: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, whatever a task prints
             yield
+    except UserError:
+        raise
     except TaskError as error:
         raise UserError(f"task: {one_line(error)}") from None
     except (Exception, SystemExit) as error:

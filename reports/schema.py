@@ -164,6 +164,11 @@ def history_schema(metrics: Iterable[str] = ()) -> pa.Schema:
     return _stamped(fields, "history")
 
 
+def stamped_schema(columns: Iterable[Column], kind: str) -> pa.Schema:
+    """The schema of files of this kind that have these columns; it says what each means."""
+    return _stamped([_column_field(column) for column in columns], kind)
+
+
 def parse_type(type_name: str, column: str) -> pa.DataType:
     """The Arrow type of that name; ValueError naming the column and the known types if there is none."""
     if type_name not in TYPES:

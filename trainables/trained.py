@@ -127,11 +127,21 @@ def read_trained(path: str | os.PathLike[str], device: str = "cpu") -> Trained:
     content = read_checkpoint(path)
     if not isinstance(content.get(_KIND), dict):
         raise CheckpointError(
-            f"checkpoint {path} must be of a trained model, got one of a training under way"
+            f"checkpoint {path} must be of a trained model, got that of a training under way"
         )
     held = content[_KIND]
     spec = json.loads(held["spec"])
     return make_trained(spec, held["config"], held["seed"], held["model"], device=device)
+
+
+def read_weights(path: str | os.PathLike[str]) -> Mapping[str, torch.Tensor]:
+    """The weights in a file of `write_trained` or of a trainer; CheckpointError for any other."""
+    content = read_checkpoint(path)
+    held = content.get(_KIND, content)
+    weights = held.get("model") if isinstance(held, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"checkpoint {path} must hold a model's weights, got {sorted(content)}")
+    return weights
 
 
 def make_trained(

@@ -1,0 +1,611 @@
+"""What must hold of a trained model and of the task that it serves, with the inputs that it is tried on.
+
+Inputs are rows of the training data, moved: within their ranges and far beyond, one unit in the last place
+to each side, to the edge values of floating point, and to where the model changes from answering to not
+answering. The subject is a `trainables.stressed.StressedModel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from harness.robustness.law import BrokenLawError, Case, DoesNotApplyError, Property, Subject
+from trainables.stressed import PRECISIONS, TRAINED_STATUSES, code_of, row_bytes
+
+MOST_ROWS = 6
+_EDGES = (0.0, -0.0, 1.0, -1.0, 5e-324, 1e-45, 1.2e-38, 1e19, -1e19, 2e19, 3.4e38, -3.4e38)
+_FACTORS = (1.0, -1.0, 10.0, 1e3, 1e-3)
+_GROUP = 31  # behind those of the library's laws
+
+
+# --- rows to try ------------------------------------------------------------------------------------
+
+
+def rows_to_try(subject: Subject, *, most: int = MOST_ROWS, extra: tuple[float, ...] = ()) -> Any:
+    """Batches of 1 to `most` rows; `extra` are further values that an input may be given."""
+    known = subject.rows
+    places = st.integers(0, len(known) - 1)
+    if not subject.is_float:
+        return st.lists(places, min_size=1, max_size=most).map(lambda held: known[held])
+    edge_rows = subject.edge_rows
+    columns = known.flatten(1).shape[1]
+    low, high = subject.ranges
+    top = torch.finfo(subject.dtype).max
+
+    def value(column: int) -> SearchStrategy[float]:
+        lowest, highest = float(low[column]), float(high[column])
+        return st.one_of(
+            st.sampled_from((lowest, highest, *_EDGES, *extra)),
+            st.floats(min(lowest, highest), max(lowest, highest)),
+            st.floats(-top, top, allow_nan=False),
+        )
+
+    move = st.integers(0, columns - 1).flatmap(lambda column: st.tuples(st.just(column), value(column)))
+    start = st.one_of(
+        places.map(lambda place: known[place]),
+        st.integers(0, len(edge_rows) - 1).map(lambda place: edge_rows[place]),
+    )
+    row = st.tuples(
+        start,
+        st.sampled_from(_FACTORS),
+        st.sampled_from((0, 1, -1)),
+        st.lists(move, max_size=min(3, columns)),
+    )
+
+    def build(drawn: list[tuple[Tensor, float, int, list[tuple[int, float]]]]) -> Tensor:
+        made = []
+        for first, factor, ulps, moves in drawn:
+            held = (first.to(subject.dtype) * factor).reshape(-1).clone()
+            for column, moved in moves:
+                held[column] = moved
+            if ulps:
+                held = torch.nextafter(held, torch.full_like(held, math.inf * ulps))
+            made.append(held.nan_to_num(nan=math.nan, posinf=top, neginf=-top).reshape(first.shape))
+        return torch.stack(made)
+
+    return st.lists(row, min_size=1, max_size=most).map(build)
+
+
+def _inputs(subject: Subject) -> SearchStrategy[Case]:
+    return st.fixed_dictionaries({"inputs": rows_to_try(subject)})
+
+
+def _spread(bottom: Tensor, like: Tensor) -> Tensor:
+    """A mask in the shape of what it says something of."""
+    return bottom.reshape(*bottom.shape, *[1] * (like.ndim - bottom.ndim)).expand_as(like)
+
+
+# --- what it answers --------------------------------------------------------------------------------
+
+
+def check_finite_or_bottom(subject: Subject, case: Case) -> None:
+    """Accepted: |Q| >= tau_infer and P/Q finite; bottom: no payload."""
+    P, Q, decoded, bottom = subject.answer(case["inputs"])
+    wide = _spread(bottom, decoded)
+    if not bool(decoded[wide].isnan().all()):
+        raise BrokenLawError("a bottom must carry no answer, got a number there")
+    if not bool(decoded[~wide].isfinite().all()):
+        raise BrokenLawError("an accepted answer must be finite, got one that is not")
+    if bool((Q[~bottom].abs() < subject.tau_infer).any()):
+        raise BrokenLawError(f"an accepted answer must have |Q| >= {subject.tau_infer:g}")
+    quotient = P / (Q if Q.ndim == P.ndim else Q.unsqueeze(-1))
+    if not torch.equal(quotient[~wide], decoded[~wide]):
+        raise BrokenLawError("an accepted answer must be P/Q, got another number")
+
+
+def nan_inputs(subject: Subject) -> SearchStrategy[Case]:
+    """Rows of which at least the first has a NaN somewhere."""
+    if not subject.is_float:
+        raise DoesNotApplyError("inputs that are no floats hold no NaN")
+    columns = subject.rows.flatten(1).shape[1]
+
+    def spoil(held: tuple[Tensor, int]) -> dict[str, Any]:
+        inputs = held[0].clone()
+        inputs.flatten(1)[0, held[1]] = math.nan
+        return {"inputs": inputs}
+
+    return st.tuples(rows_to_try(subject), st.integers(0, columns - 1)).map(spoil)
+
+
+def check_nan_is_bottom(subject: Subject, case: Case) -> None:
+    """Where an input is NaN there is no answer."""
+    inputs = case["inputs"]
+    has_nan = inputs.flatten(1).isnan().any(1)
+    bottom = subject.answer(inputs).bottom
+    refused = bottom.flatten(1).all(1) if bottom.ndim > 1 else bottom
+    if not bool(refused[has_nan].all()):
+        raise BrokenLawError("a row with a NaN among its inputs must be bottom, got an answer")
+
+
+def check_batch_does_not_matter(subject: Subject, case: Case) -> None:
+    """One by one, in another order and twice over, each row has the same answer."""
+    inputs = case["inputs"]
+    together = subject.answer(inputs)
+    apart = [subject.answer(row) for row in inputs.split(1)]
+    backwards = subject.answer(inputs.flip(0))
+    twice = subject.answer(torch.cat([inputs, inputs]))
+    ways = {
+        "one by one": _joined(apart),
+        "in the opposite order": tuple(item.flip(0) for item in backwards),
+        "beside themselves": tuple(item[: len(inputs)] for item in twice),
+    }
+    for name, (P, Q, decoded, bottom) in ways.items():
+        flipped = bottom != together.bottom
+        # At the threshold the last place of a sum decides.
+        near = _close(Q.abs(), torch.full_like(Q, subject.tau_infer)) | _huge(together.P, Q)
+        if bool((flipped & ~near).any()):
+            raise BrokenLawError(f"rows must be answered alike {name}, got another set of bottoms")
+        both = _spread(~(bottom | together.bottom), decoded)
+        conditioned = _spread(Q.abs() >= 1e-3, decoded) & both
+        if not bool(_close(decoded, together.decoded)[conditioned].all()):
+            raise BrokenLawError(f"rows must be answered alike {name}, got other answers")
+        del P
+
+
+def _joined(parts: list[Any]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _close(one: Tensor, other: Tensor) -> Tensor:
+    wide = 1e-3 if one.dtype == torch.float32 else 1e-6
+    return torch.isclose(one, other, rtol=wide, atol=wide)
+
+
+def _huge(P: Tensor, Q: Tensor) -> Tensor:
+    """Where a quotient may or may not overflow by the rounding of a sum."""
+    limit = torch.finfo(P.dtype).max / 1e4
+    big = (P.abs() > limit) | P.isnan()
+    return (big.flatten(Q.ndim).any(-1) if P.ndim > Q.ndim else big) | (Q.abs() > limit) | Q.isnan()
+
+
+def check_asked_twice(subject: Subject, case: Case) -> None:
+    """The model draws nothing and keeps nothing."""
+    first, second = subject.answer(case["inputs"]), subject.answer(case["inputs"])
+    for one, other in zip(first, second, strict=True):
+        if not torch.equal(one.nan_to_num(nan=0.5), other.nan_to_num(nan=0.5)):
+            raise BrokenLawError("the same rows must get the same answers, got others the second time")
+
+
+def with_thresholds(subject: Subject) -> SearchStrategy[Case]:
+    """Rows, and a factor by which the threshold grows."""
+    factors = st.sampled_from((1.0, 1.0 + 1e-6, 2.0, 1e3, 1e6)) | st.floats(1.0, 1e9)
+    return st.fixed_dictionaries({"inputs": rows_to_try(subject), "factor": factors})
+
+
+def check_bottoms_grow(subject: Subject, case: Case) -> None:
+    """A larger threshold refuses at least what a smaller one does, and leaves the other answers alone."""
+    P, Q, decoded, bottom = subject.answer(case["inputs"])
+    more, larger = subject.decode(P, Q, subject.config.tau_infer * case["factor"])
+    if bool((bottom & ~larger).any()):
+        raise BrokenLawError("what is bottom must stay bottom under a larger tau_infer, got an answer")
+    kept = _spread(~larger, decoded)
+    if not torch.equal(more[kept], decoded[kept]):
+        raise BrokenLawError("a larger tau_infer must change no answer that it leaves, got another")
+
+
+def in_precisions(subject: Subject) -> SearchStrategy[Case]:
+    """Rows, and a precision to run the model in."""
+    names = []
+    for name in PRECISIONS:
+        try:
+            subject.answer_in(name, subject.rows[:1])
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):  # no such kernel, or no such cast
+            continue
+        names.append(name)
+    if not names:
+        raise DoesNotApplyError("the model runs in no other precision")
+    return st.fixed_dictionaries({"precision": st.sampled_from(names), "inputs": rows_to_try(subject)})
+
+
+def check_other_precision(subject: Subject, case: Case) -> None:
+    """Overflow in a narrower type becomes bottom, never an answer."""
+    P, Q, decoded, bottom = subject.answer_in(case["precision"], case["inputs"])
+    del P, Q
+    wide = _spread(bottom, decoded)
+    if not bool(decoded[~wide].isfinite().all()):
+        raise BrokenLawError(f"accepted answers in {case['precision']} must be finite, got one that is not")
+    if not bool(decoded[wide].isnan().all()):
+        raise BrokenLawError(f"a bottom in {case['precision']} must carry no answer, got a number")
+
+
+# --- the task's own decoding ---------------------------------------------------------------------------
+
+
+def tuples_to_try(subject: Subject) -> SearchStrategy[Case]:
+    """Tuples (P, Q) with |Q| at, below and above the threshold, zeros, and what is not finite."""
+    tau = subject.tau_infer
+    exact = torch.tensor(tau, dtype=subject.dtype)
+    below = float(torch.nextafter(exact, torch.zeros_like(exact)))
+    above = float(torch.nextafter(exact, torch.full_like(exact, math.inf)))
+    top = float(torch.finfo(subject.dtype).max)
+    edges = (
+        0.0,
+        tau,
+        below,
+        above,
+        1.0,
+        -tau,
+        -below,
+        -0.0,
+        tau / 2,
+        5e-324,
+        top,
+        math.inf,
+        -math.inf,
+        math.nan,
+    )
+    numbers = st.sampled_from((1.0, 0.0, -1.0, 2e19, top, math.inf, math.nan)) | st.floats(-1e6, 1e6)
+    pair = st.tuples(numbers, st.sampled_from(edges) | st.floats(-10.0, 10.0))
+    return st.lists(pair, min_size=1, max_size=MOST_ROWS).map(
+        lambda pairs: {
+            "P": torch.tensor([p for p, _ in pairs], dtype=subject.dtype),
+            "Q": torch.tensor([q for _, q in pairs], dtype=subject.dtype),
+        }
+    )
+
+
+def check_own_decode(subject: Subject, case: Case) -> None:
+    """What the task accepts, strict decoding accepts, and with the same answer."""
+    P, Q = case["P"], case["Q"]
+    answers, accepted = subject.own_decode(P, Q, subject.tau_infer)
+    decoded, bottom = subject.decode(P, Q)
+    wrong = accepted.to(torch.bool) & bottom
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise BrokenLawError(
+            f"decode must refuse |Q| < {subject.tau_infer:g} and what is not finite, "
+            f"got P={float(P[at]):g}, Q={float(Q[at]):g} accepted"
+        )
+    both = accepted.to(torch.bool) & ~bottom
+    if not bool(torch.isclose(answers[both].to(decoded.dtype), decoded[both], rtol=1e-5, atol=0.0).all()):
+        raise BrokenLawError("decode must answer P/Q, got another number")
+
+
+# --- its loss ----------------------------------------------------------------------------------------------
+
+
+def loss_cases(subject: Subject) -> SearchStrategy[Case]:
+    """Training rows with answers (P, Q) at zero, the thresholds and between, and targets of every status."""
+    P, Q = subject.tuples(subject.rows[:1])
+    scalar_q = Q.numel()
+    shape = subject.target_shape
+    if tuple(P.shape[1:]) != shape:
+        raise DoesNotApplyError(f"P of shape {tuple(P.shape[1:])} and targets of shape {shape} are not alike")
+    count = math.prod(shape)
+    config = subject.config
+    edges = (
+        0.0,
+        config.tau_infer,
+        config.tau_train_min,
+        config.tau_train_max,
+        1.0,
+        -1.0,
+        -config.tau_train_min,
+    )
+    largest = subject.largest_target
+    denominators = st.sampled_from(edges) | st.floats(-2.0, 2.0, width=32)
+    numerators = st.sampled_from((0.0, 1.0, -1.0, largest)) | st.floats(-largest, largest)
+    targets = st.sampled_from((0.0, 1.0, -1.0, largest, -largest)) | st.floats(-largest, largest)
+    row = st.fixed_dictionaries(
+        {
+            "place": st.integers(0, len(subject.rows) - 1),
+            "P": st.lists(numerators, min_size=count, max_size=count),
+            "Q": st.lists(denominators, min_size=scalar_q, max_size=scalar_q),
+            "value": st.lists(targets, min_size=count, max_size=count),
+            "status": st.lists(st.sampled_from(TRAINED_STATUSES), min_size=count, max_size=count),
+        }
+    )
+
+    def build(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        status = torch.tensor([[code_of(word) for word in one["status"]] for one in rows])
+        value = torch.tensor([one["value"] for one in rows], dtype=subject.dtype)
+        return {
+            "inputs": subject.rows[[one["place"] for one in rows]],
+            "P": torch.tensor([one["P"] for one in rows], dtype=subject.dtype).reshape(-1, *shape),
+            "Q": torch.tensor([one["Q"] for one in rows], dtype=subject.dtype).reshape(-1, *Q.shape[1:]),
+            "value": value.reshape(-1, *shape),
+            "status": status.reshape(-1, *shape),
+        }
+
+    return st.lists(row, min_size=1, max_size=MOST_ROWS).map(build)
+
+
+def check_loss_finite(subject: Subject, case: Case) -> None:
+    """No tuple of ordinary size makes the loss or its gradients anything but finite."""
+    said = subject.loss_of_tuples(case["inputs"], case["P"], case["Q"], case["value"], case["status"])
+    if not math.isfinite(said.value):
+        raise BrokenLawError(f"the loss must be finite, got {said.value:g} at {_where(case)}")
+    for name, gradient in zip("PQ", said.gradients, strict=True):
+        if not bool(gradient.isfinite().all()):
+            raise BrokenLawError(
+                f"the gradient of the loss must be finite, got that of {name} at {_where(case)}"
+            )
+
+
+def _where(case: Case) -> str:
+    at = (
+        int(case["Q"].abs().flatten(1).amin(1).argmin())
+        if case["Q"].ndim > 1
+        else int(case["Q"].abs().argmin())
+    )
+    return f"P={case['P'][at].tolist()}, Q={case['Q'][at].tolist()}"
+
+
+# --- its metrics ------------------------------------------------------------------------------------------
+
+
+def decoded_cases(subject: Subject) -> SearchStrategy[Case]:
+    """Some rows of the val split, with what a model might have answered to them."""
+    answer = subject.val_answer
+    total = len(answer.bottom)
+    if answer.decoded.shape != answer.bottom.shape:
+        raise DoesNotApplyError("several answers share a denominator")
+    per_row = answer.bottom[0].numel()
+    numbers = st.sampled_from((0.0, 1.0, -1.0, 1e3)) | st.floats(-1e4, 1e4, width=32)
+    row = st.tuples(
+        st.integers(0, total - 1),
+        st.lists(st.tuples(st.booleans(), numbers), min_size=per_row, max_size=per_row),
+    )
+
+    def build(rows: list[tuple[int, list[tuple[bool, float]]]]) -> dict[str, Any]:
+        shape = (-1, *answer.bottom.shape[1:])
+        return {
+            "rows": torch.tensor([place for place, _ in rows]),
+            "bottom": torch.tensor([[b for b, _ in cells] for _, cells in rows]).reshape(shape),
+            "decoded": torch.tensor(
+                [[number for _, number in cells] for _, cells in rows], dtype=answer.decoded.dtype
+            ).reshape(shape),
+        }
+
+    return st.lists(row, min_size=1, max_size=MOST_ROWS, unique_by=lambda one: one[0]).map(build)
+
+
+def check_metrics_total(subject: Subject, case: Case) -> None:
+    """Whatever was answered, the task scores it: rates in [0, 1], errors that are no negative numbers."""
+    found = subject.metrics(case["decoded"], case["bottom"], case["decoded"], case["rows"])
+    for name in ("false_accept_rate", "false_reject_rate"):
+        value = found.get(name, math.nan)
+        if not (math.isnan(value) or 0.0 <= value <= 1.0):
+            raise BrokenLawError(f"{name} must lie in [0, 1], got {value:g}")
+    for name in ("accepted_error", "charged_error"):
+        if found[name] < 0:
+            raise BrokenLawError(f"{name} must be >= 0, got {found[name]:g}")
+
+
+def check_metrics_ignore_bottoms(subject: Subject, case: Case) -> None:
+    """What stands where nothing was answered scores nothing; only its sign, the direction, may be read."""
+    decoded, bottom = case["decoded"], case["bottom"]
+    sign = torch.where(decoded < 0, -1.0, 1.0).to(decoded.dtype)
+    one = subject.metrics(decoded, bottom, torch.where(bottom, sign, decoded), case["rows"])
+    other = subject.metrics(decoded, bottom, torch.where(bottom, 1e3 * sign, decoded), case["rows"])
+    for name in ("accepted_error", "charged_error"):
+        same = one[name] == other[name] or (math.isnan(one[name]) and math.isnan(other[name]))
+        if not same:
+            raise BrokenLawError(
+                f"{name} must not depend on P at a bottom, got {one[name]:g} and {other[name]:g}"
+            )
+
+
+def check_accepted_bottoms_are_seen(subject: Subject, case: Case) -> None:
+    """Refusing every row is a false reject of each finite one and a false accept of none."""
+    every = torch.ones_like(case["bottom"])
+    found = subject.metrics(case["decoded"], every, torch.zeros_like(case["decoded"]), case["rows"])
+    accept, reject = found.get("false_accept_rate", math.nan), found.get("false_reject_rate", math.nan)
+    if not (math.isnan(accept) or accept == 0.0):
+        raise BrokenLawError(f"false_accept_rate of no answer must be 0, got {accept:g}")
+    if not (math.isnan(reject) or reject == 1.0):
+        raise BrokenLawError(f"false_reject_rate of no answer must be 1, got {reject:g}")
+    if math.isfinite(found["accepted_error"]):
+        raise BrokenLawError(f"accepted_error of no answer must be NaN, got {found['accepted_error']:g}")
+
+
+# --- its splits --------------------------------------------------------------------------------------------
+
+
+def shared_rows(subject: Subject) -> list[dict[str, Any]]:
+    """Rows that stand in the train split and in another, where there are more than chance makes.
+
+    Rows that are equal by chance occur inside the train split as well: as many of the others' rows may occur
+    there as of its own do more than once, with three standard deviations to spare.
+    """
+    train = subject.splits["train"]
+    own = row_bytes(train)
+    places: dict[bytes, int] = {}
+    counts: dict[bytes, int] = {}
+    for place, held in enumerate(own):
+        places.setdefault(held, place)
+        counts[held] = counts.get(held, 0) + 1
+    repeated = sum(count for count in counts.values() if count > 1) / max(1, len(own))
+    found = []
+    for name in ("val", "test"):
+        split = subject.splits[name]
+        shared = [(place, held) for place, held in enumerate(row_bytes(split)) if held in places]
+        expected = repeated * len(split)
+        if len(shared) <= expected + 3.0 * math.sqrt(expected + 1.0):
+            continue
+        found += [
+            {
+                "split": name,
+                "inputs": torch.stack([train.inputs[places[held]], split.inputs[place]]),
+                "Y_n": torch.stack([train.targets.Y_n[places[held]], split.targets.Y_n[place]]),
+                "rows": torch.tensor([places[held], place]),
+            }
+            for place, held in shared
+        ]
+    return found
+
+
+def split_cases(subject: Subject) -> SearchStrategy[Case]:
+    """A shared row where there is one, else the first row of the val split."""
+    found = shared_rows(subject)
+    if found:
+        return st.sampled_from(found)
+    val = subject.splits["val"]
+    return st.just({"split": "val", "inputs": val.inputs[:1], "Y_n": val.targets.Y_n[:1]})
+
+
+def check_splits_apart(subject: Subject, case: Case) -> None:
+    """No row to train on is one to judge by."""
+    for other in shared_rows(subject):
+        if other["split"] == case["split"] and torch.equal(other["inputs"][-1], case["inputs"][-1]):
+            place = other["rows"].tolist()
+            raise BrokenLawError(
+                f"the splits must be disjoint, got row {place[0]} of train again as row {place[1]} of "
+                f"{case['split']}, more often than equal rows occur within train"
+            )
+
+
+def leaking_columns(subject: Subject) -> list[dict[str, Any]]:
+    """Inputs that are a target of the val split, up to a factor and a shift, on all of its finite rows."""
+    split = subject.splits["val"]
+    inputs = split.inputs.to(torch.float64).flatten(1)
+    values, finite = (
+        split.targets.Y_n.reshape(len(split), -1),
+        split.targets.mask_finite.reshape(len(split), -1),
+    )
+    found = []
+    for output in range(values.shape[1]):
+        rows = finite[:, output].nonzero().squeeze(1)
+        value = values[rows, output].to(torch.float64)
+        if len(rows) < 8 or float(value.std()) == 0:
+            continue
+        for column in range(inputs.shape[1]):
+            held = inputs[rows, column]
+            if float(held.std()) == 0:
+                continue
+            both = torch.stack([held, value])
+            if abs(float(torch.corrcoef(both)[0, 1])) > 1 - 1e-9:
+                ends = rows[torch.stack([value.argmin(), value.argmax()])]
+                found.append(
+                    {
+                        "column": column,
+                        "output": output,
+                        "inputs": split.inputs[ends],
+                        "Y_n": split.targets.Y_n[ends],
+                    }
+                )
+    return found
+
+
+def column_cases(subject: Subject) -> SearchStrategy[Case]:
+    """A column that is the label where there is one, else the first."""
+    if not subject.is_float:
+        raise DoesNotApplyError("inputs that are no floats are not compared with targets")
+    found = leaking_columns(subject)
+    return st.sampled_from(found) if found else st.just({"column": 0, "output": 0})
+
+
+def check_label_not_an_input(subject: Subject, case: Case) -> None:
+    """No input gives the answer away."""
+    for other in leaking_columns(subject):
+        if (other["column"], other["output"]) == (case["column"], case["output"]):
+            raise BrokenLawError(
+                f"no input may hold the label, got input {case['column']} a linear function of target "
+                f"{case['output']} on the val split"
+            )
+
+
+def check_splits_repeat(subject: Subject, case: Case) -> None:
+    """The same seed gives the same data."""
+    again = subject.splits_again()
+    for name, split in subject.splits.items():
+        if split.digest() != again[name].digest():
+            raise BrokenLawError(
+                f"splits(seed) must repeat itself, got another {name} split for the same seed"
+            )
+
+
+def _law(
+    name: str,
+    law: str,
+    cases: Callable[[Subject], SearchStrategy[Case]],
+    check: Callable[[Subject, Case], None],
+    needs: tuple[str, ...] = (),
+) -> Property:
+    return Property(name=name, group=_GROUP, law=law, of="model", cases=cases, check=check, needs=needs)
+
+
+MODEL_LAWS: Mapping[str, Property] = {
+    item.name: item
+    for item in (
+        _law(
+            "answers_are_finite_or_bottom",
+            "Every answer is P/Q with |Q| >= tau_infer and finite, or bottom without a payload.",
+            _inputs,
+            check_finite_or_bottom,
+        ),
+        _law(
+            "nan_inputs_are_bottom",
+            "A row with a NaN among its inputs is bottom.",
+            nan_inputs,
+            check_nan_is_bottom,
+        ),
+        _law(
+            "batches_do_not_matter",
+            "A row is answered alike alone, in any order and beside any others.",
+            _inputs,
+            check_batch_does_not_matter,
+        ),
+        _law(
+            "asked_twice_answers_the_same", "The same rows get the same answers.", _inputs, check_asked_twice
+        ),
+        _law(
+            "bottoms_grow_with_tau",
+            "A larger tau_infer refuses more and changes no other answer.",
+            with_thresholds,
+            check_bottoms_grow,
+        ),
+        _law(
+            "other_precisions_stay_finite",
+            "In half, bfloat16 and double precision, what is accepted is finite.",
+            in_precisions,
+            check_other_precision,
+        ),
+        _law(
+            "own_decode_is_strict",
+            "The task's decode accepts nothing below tau_infer and nothing that is not finite.",
+            tuples_to_try,
+            check_own_decode,
+            needs=("own_decode",),
+        ),
+        _law(
+            "loss_is_finite",
+            "The training loss and its gradients are finite at every tuple, Q = 0 included.",
+            loss_cases,
+            check_loss_finite,
+        ),
+        _law(
+            "metrics_are_total",
+            "Whatever was answered or refused, the task scores it.",
+            decoded_cases,
+            check_metrics_total,
+        ),
+        _law(
+            "metrics_ignore_bottoms",
+            "P at a bottom changes no error.",
+            decoded_cases,
+            check_metrics_ignore_bottoms,
+        ),
+        _law(
+            "refusing_all_is_seen",
+            "Who answers nothing has rejected every finite row, and has no error.",
+            decoded_cases,
+            check_accepted_bottoms_are_seen,
+        ),
+        _law("splits_are_disjoint", "No row is in two splits.", split_cases, check_splits_apart),
+        _law("labels_are_no_inputs", "No input is the label.", column_cases, check_label_not_an_input),
+        _law(
+            "splits_repeat",
+            "The same seed gives the same splits.",
+            lambda subject: st.just({"seed": subject.trained.seed}),
+            check_splits_repeat,
+        ),
+    )
+}
