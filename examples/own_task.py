@@ -8,7 +8,7 @@ the rays leave in parallel, and the only right answer is bottom. The plan beside
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,19 @@ class LensTask:
         sizes = {"train": self.rows, "val": self.rows // 3, "test": self.rows // 3}
         return {name: self._draw(count, generator(seed, f"lens {name}")) for name, count in sizes.items()}
 
+    def shifts(self, seed: int) -> Mapping[str, Sequence[tuple[float, Split]]]:
+        """Optional, for `scm-harness robustness`: objects nearer to the focus (as a share of f), further away
+        than in training (in f), and both lengths read with noise (in lengths)."""
+        levels = {
+            "near_pole": [(near, {"low": 1.0 - near, "high": 1.0 + near}) for near in (0.5, 0.2, 0.08)],
+            "longer_range": [(far, {"low": 2.5, "high": far}) for far in (4.0, 8.0, 16.0)],
+            "noise": [(noise, {"noise": noise}) for noise in (0.01, 0.03, 0.1)],
+        }
+        return {
+            name: [(level, self._draw(300, generator(seed, f"{name} {level}"), **how)) for level, how in hows]
+            for name, hows in levels.items()
+        }
+
     def build_model(self, config: TrialConfig) -> nn.Module:
         """Any module that gives (P, Q); knobs of the config are there to be read."""
         return LensModel(config.hidden_width)
@@ -71,14 +84,18 @@ class LensTask:
         scores["right_side"] = float((decoded.decoded[real] > 0).float().mean())  # column metric.right_side
         return scores
 
-    def _draw(self, count: int, draws: torch.Generator) -> Split:
+    def _draw(
+        self, count: int, draws: torch.Generator, low: float = 0.5, high: float = 2.5, noise: float = 0.0
+    ) -> Split:
         focal = 0.5 + torch.rand(count, generator=draws)
-        distance = focal * (0.5 + 2.0 * torch.rand(count, generator=draws))
-        no_image = (distance / focal - 1.0).abs() < self.blur
+        distance = focal * (low + (high - low) * torch.rand(count, generator=draws))
+        from_focus = (distance / focal - 1.0).abs()
+        no_image = from_focus < self.blur
         value = torch.where(no_image, torch.nan, distance / (distance - focal))
         status = torch.where(no_image, STATUS_CODES["bottom"], STATUS_CODES["finite"])
+        inputs = torch.stack([distance, focal], dim=-1)
         return Split(
-            inputs=torch.stack([distance, focal], dim=-1),
+            inputs=inputs + noise * torch.randn(inputs.shape, generator=draws),
             targets=lift_semantic_targets(value, status),
-            extras={"value": value, "status": status},
+            extras={"value": value, "status": status, "pole_distance": from_focus},
         )

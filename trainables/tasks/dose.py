@@ -6,7 +6,7 @@ sign of P there says below or above. What curves are and how calls are scored is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +24,28 @@ from trainables.tasks.dose_data import (
     IN_RANGE,
     LOG_HIGH,
     LOG_LOW,
+    SLOPES,
     DoseRows,
+    distance_to_bottom,
     draw_dose_rows,
+    draw_dose_rows_near_limits,
     three_way_scores,
 )
-from trainables.tasks.generated import DrawnData, DrawnSplits, check_real, parse_drawn_data
+from trainables.tasks.generated import (
+    SHIFTED_ROWS,
+    DrawnData,
+    DrawnSplits,
+    check_real,
+    parse_drawn_data,
+    shifted_levels,
+    with_pole_distance,
+)
 from trainables.tasks.protocol import TaskError
 
 if TYPE_CHECKING:
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
-    from trainables.tasks.protocol import LossFn
+    from trainables.tasks.protocol import LossFn, Shifts
 
 SIZES: dict[str, tuple[int, int, int]] = {"quick": (5_000, 1_000, 4_000), "paper": (200_000, 20_000, 30_000)}
 NO_CALL = -1
@@ -99,6 +110,31 @@ class DoseTask:
         """Draw the splits, from the data seed or, with `redraw_data`, from the trial's seed."""
         return self._drawn.splits(seed)
 
+    def shifts(self, seed: int) -> Shifts:
+        """Curves nearer to the limits of the doses (decades), steeper (Hill slope) and noisier (response)."""
+        data, count = self.params.data, min(self.params.data.n_test, SHIFTED_ROWS)
+        centre, scale = self._scale(self._draw_rows("train", data.n_train, seed))
+
+        def split_of(part: str, draw: Callable[..., DoseRows], **how: Any) -> Split:
+            rows = draw(count, rng=data.stream("dose", f"shift {part}", seed), **how)
+            return with_pole_distance(self._make_split(rows, centre, scale), distance_to_bottom(rows))
+
+        def near(within: float) -> Split:
+            return split_of(f"near {within}", draw_dose_rows_near_limits, within=within)
+
+        def steep(slope: float) -> Split:
+            return split_of(f"slope {slope}", draw_dose_rows, balanced=True, slopes=(SLOPES[1], slope))
+
+        def noisy(noise: float) -> Split:
+            return split_of(f"noise {noise}", draw_dose_rows, balanced=True, noise=noise)
+
+        unshifted = split_of("none", draw_dose_rows, balanced=True)
+        return {
+            "near_pole": shifted_levels(unshifted, (1.0, 0.5, 0.2, 0.05), near),
+            "longer_range": shifted_levels(unshifted, (2.0, 3.0, 4.0), steep),
+            "noise": shifted_levels(unshifted, (0.1, 0.2, 0.4), noisy),
+        }
+
     def build_model(self, config: TrialConfig) -> nn.Module:
         """Build the config's head on the ten responses."""
         return make_model(config, 10, 1)
@@ -137,16 +173,21 @@ class DoseTask:
         return torch.where(decoded.fault, NO_CALL, called)
 
     def _draw(self, seed: int) -> dict[str, Split]:
-        data = self.params.data
-        rows = {
-            part: draw_dose_rows(count, data.stream("dose", part, seed), balanced=part == "test")
-            for part, count in zip(("train", "val", "test"), data.sizes, strict=True)
-        }
-        responses = rows["train"].x[:, 1::2].astype(np.float64)
+        counts = zip(("train", "val", "test"), self.params.data.sizes, strict=True)
+        rows = {part: self._draw_rows(part, count, seed) for part, count in counts}
+        centre, scale = self._scale(rows["train"])
+        return {part: self._make_split(drawn, centre, scale) for part, drawn in rows.items()}
+
+    def _draw_rows(self, part: str, count: int, seed: int) -> DoseRows:
+        stream = self.params.data.stream("dose", part, seed)
+        return draw_dose_rows(count, stream, balanced=part == "test")
+
+    def _scale(self, train: DoseRows) -> tuple[np.ndarray, np.ndarray]:
+        responses = train.x[:, 1::2].astype(np.float64)
         centre, scale = responses.mean(axis=0), responses.std(axis=0)
         # A training split of one curve has no spread.
         scale[scale == 0.0] = 1.0
-        return {part: self._make_split(drawn, centre, scale) for part, drawn in rows.items()}
+        return centre, scale
 
     def _make_split(self, rows: DoseRows, centre: np.ndarray, scale: np.ndarray) -> Split:
         inputs = torch.from_numpy((rows.x[:, 1::2] - centre) / scale).to(torch.float32)

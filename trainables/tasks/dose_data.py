@@ -20,6 +20,7 @@ LOG_LOW, LOG_HIGH = -9.0, -5.0
 REGIMES: tuple[tuple[float, float], ...] = ((-13.0, -10.2), (-8.8, -5.2), (-3.8, -1.0))
 NULL_SHARE = 0.10
 NOISE = 0.05
+SLOPES = (0.8, 1.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,14 @@ def hill(
     return np.asarray(low + (high - low) / (1.0 + ratio ** np.asarray(slope, dtype=np.float64)))
 
 
-def draw_dose_rows(count: int, rng: np.random.Generator, *, balanced: bool = False) -> DoseRows:
+def draw_dose_rows(
+    count: int,
+    rng: np.random.Generator,
+    *,
+    balanced: bool = False,
+    slopes: tuple[float, float] = SLOPES,
+    noise: float = NOISE,
+) -> DoseRows:
     """Draw `count` curves; `balanced` makes the three regimes equally frequent (to within one curve).
 
     One curve in ten has no effect at all: it is flat near zero and is labelled above, whatever its regime
@@ -52,7 +60,37 @@ def draw_dose_rows(count: int, rng: np.random.Generator, *, balanced: bool = Fal
     regime = rng.permutation(np.arange(count) % 3) if balanced else rng.integers(0, 3, size=count)
     low, high = np.asarray(REGIMES).T
     log_ic50 = rng.uniform(low[regime], high[regime])
-    slope = rng.uniform(0.8, 1.5, size=count)
+    return _observe(log_ic50, regime, rng, slopes=slopes, noise=noise)
+
+
+def draw_dose_rows_near_limits(count: int, within: float, rng: np.random.Generator) -> DoseRows:
+    """Draw `count` curves whose IC50 lies within `within` decades of a limit of the doses, on either side.
+
+    Training leaves a gap there: a curve is in range or not by the rule that says so, not by a wide margin.
+    """
+    limit = np.where(rng.random(count) < 0.5, LOG_LOW, LOG_HIGH)
+    log_ic50 = limit + rng.uniform(-within, within, size=count)
+    regime = np.select([log_ic50 < LOG_LOW, log_ic50 <= LOG_HIGH], [BELOW, IN_RANGE], default=ABOVE)
+    return _observe(log_ic50, regime, rng, slopes=SLOPES, noise=NOISE)
+
+
+def distance_to_bottom(rows: DoseRows) -> Floats:
+    """Decades (N,) from the IC50 of a curve in range to the nearest limit of the doses; 0 for any other."""
+    log_ic50 = rows.y[:, 0].astype(np.float64)
+    inside = np.minimum(log_ic50 - LOG_LOW, LOG_HIGH - log_ic50)
+    return np.where(rows.y[:, 1] == IN_RANGE, np.maximum(inside, 0.0), 0.0)
+
+
+def _observe(
+    log_ic50: Floats,
+    regime: npt.NDArray[np.int64],
+    rng: np.random.Generator,
+    *,
+    slopes: tuple[float, float],
+    noise: float,
+) -> DoseRows:
+    count = log_ic50.size
+    slope = rng.uniform(*slopes, size=count)
     e_min = rng.normal(0.0, 0.02, size=count)
     e_max = rng.normal(1.0, 0.02, size=count)
     null = rng.random(count) < NULL_SHARE
@@ -60,7 +98,7 @@ def draw_dose_rows(count: int, rng: np.random.Generator, *, balanced: bool = Fal
     label = np.where(null, ABOVE, regime)
 
     clean = hill(10.0**LOG_DOSES, 10.0 ** log_ic50[:, None], slope[:, None], e_min[:, None], e_max[:, None])
-    observed = clean + rng.normal(0.0, NOISE, size=clean.shape)
+    observed = clean + rng.normal(0.0, noise, size=clean.shape)
     x = np.stack([np.broadcast_to(LOG_DOSES, clean.shape), observed], axis=-1).reshape(count, -1)
 
     in_range = label == IN_RANGE

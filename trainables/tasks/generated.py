@@ -6,18 +6,21 @@ The problems themselves are in `dose`, `rf` and `rr_ik`, each with a `_data` mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from scm.seeding import seed_for
-from trainables.tasks.protocol import TaskError, check_params, nearest
+from trainables.tasks.protocol import POLE_DISTANCE, TaskError, check_params, nearest
 
 if TYPE_CHECKING:
     from scm.data import Split
 
+SHIFTED_ROWS = 1_000  # the most rows of a shifted split: enough for a share to within 0.016
 _COMMON = ("size", "n_train", "n_val", "n_test", "data_seed", "redraw_data")
 
 
@@ -73,6 +76,19 @@ class DrawnSplits:
         if key not in self._kept:
             self._kept = {key: self._draw(seed)}
         return self._kept[key]
+
+
+def with_pole_distance(split: Split, distance: npt.NDArray[np.float64]) -> Split:
+    """The split with the extra `pole_distance` (N,), float64."""
+    held = {**split.extras, POLE_DISTANCE: torch.from_numpy(np.array(distance, dtype=np.float64))}
+    return replace(split, extras=held)
+
+
+def shifted_levels(
+    unshifted: Split, levels: Iterable[float], make: Callable[[float], Split]
+) -> list[tuple[float | None, Split]]:
+    """A shift as `Task` has it: the data that are not shifted, then what `make` makes of each level."""
+    return [(None, unshifted), *((level, make(level)) for level in levels)]
 
 
 def parse_drawn_data(

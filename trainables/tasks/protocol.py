@@ -6,7 +6,8 @@ Which tasks exist is decided in `trainables.tasks.registry`; how a trial uses on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
@@ -56,6 +57,13 @@ class Task(Protocol):
     `decoded` has the trials before the rows, `configs` is theirs, and it returns a list of what `metrics`
     would return for each. Without it, `metrics` is called trial by trial, which in a pack of small models
     may take longer than the training.
+
+    And a method ``shifts(seed)``, which maps names to sequences of ``(level, Split)``: data further and
+    further from those of training, drawn anew, with the true labels. Each sequence is in the order of growing
+    shift; `level` is a number that grows or falls with it, in a unit of the task's own, and None where the
+    split is not shifted, which may stand first (else the test split does). A split may hold the extra
+    `pole_distance` (N,): how far each row is from the nearest pole, 0 on it, in any unit. Without the method,
+    `trainables.shifted` makes shifts of the test split alone.
     """
 
     name: str
@@ -116,6 +124,62 @@ def task_symmetries(task: object) -> Mapping[str, Symmetry] | None:
                 f"{where}: symmetries() must hold scm.guards.symmetry.Symmetry, got {name}={item!r}"
             )
     return found
+
+
+Shifts = Mapping[str, "Sequence[tuple[float | None, Split]]"]
+POLE_DISTANCE = "pole_distance"
+
+
+def task_shifts(task: object, seed: int, like: Split) -> Shifts | None:
+    """Give what the task's `shifts(seed)` does, None where it has none; `TaskError` for anything else.
+
+    `like` is a split of the task: shifted inputs must have its shape and its type.
+    """
+    method = getattr(task, "shifts", None)
+    if method is None:
+        return None
+    from scm.data import Split  # torch loads here, where data are at hand anyway
+
+    where = getattr(task, "name", type(task).__name__)
+    found = method(seed)
+    if not isinstance(found, Mapping):
+        raise TaskError(f"{where}: shifts(seed) must return a mapping, got {type(found).__name__}")
+    for name, levels in found.items():
+        if not isinstance(levels, Sequence) or isinstance(levels, str) or not levels:
+            raise TaskError(
+                f"{where}: shifts(seed) must hold sequences of (level, Split), got {name}={levels!r}"
+            )
+        for item in levels:
+            if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], Split):
+                raise TaskError(f"{where}: the shift {name!r} must hold pairs (level, Split), got {item!r}")
+            level, split = item
+            if level is not None and not (isinstance(level, Real) and math.isfinite(level)):
+                raise TaskError(
+                    f"{where}: a level of the shift {name!r} must be a finite number, got {level!r}"
+                )
+            _check_shifted(split, like, f"{where}: the shift {name!r} at level {level}")
+    return found
+
+
+def _check_shifted(split: Split, like: Split, where: str) -> None:
+    if len(split) == 0:
+        raise TaskError(f"{where} must have at least one row, got 0")
+    shape, asked = tuple(split.inputs.shape[1:]), tuple(like.inputs.shape[1:])
+    if shape != asked or split.inputs.dtype != like.inputs.dtype:
+        raise TaskError(
+            f"{where} must have inputs as the test split has, {asked} {like.inputs.dtype}, "
+            f"got {shape} {split.inputs.dtype}"
+        )
+    if split.inputs.is_floating_point() and not bool(split.inputs.isfinite().all()):
+        raise TaskError(f"{where} must have finite inputs")
+    distance = split.extras.get(POLE_DISTANCE)
+    if distance is None:
+        return
+    if distance.shape != (len(split),) or not bool((distance >= 0).all()):
+        raise TaskError(
+            f"{where} must have one {POLE_DISTANCE} >= 0 a row, got the shape {tuple(distance.shape)}, "
+            f"the least {float(distance.min())}"
+        )
 
 
 def check_splits(splits: object, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +21,15 @@ from scm.training.targets import STATUS_CODES, lift_semantic_targets
 from scm.trial import decode_split
 from trainables.metrics import standard_metrics
 from trainables.tasks.generated import (
+    SHIFTED_ROWS,
     DrawnData,
     DrawnSplits,
     check_choice,
     check_count,
     check_real,
     parse_drawn_data,
+    shifted_levels,
+    with_pole_distance,
 )
 from trainables.tasks.protocol import TaskError
 from trainables.tasks.rf_data import (
@@ -35,10 +38,12 @@ from trainables.tasks.rf_data import (
     Filters,
     Floats,
     draw_filters,
+    draw_peak_points,
     draw_points,
     encode_points,
     encode_response,
     peak_scores,
+    pole_distance,
 )
 from trainables.tasks.shared_denominator import (
     answered_rows,
@@ -52,7 +57,7 @@ from trainables.tasks.shared_denominator import (
 if TYPE_CHECKING:
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
-    from trainables.tasks.protocol import LossFn
+    from trainables.tasks.protocol import LossFn, Shifts
 
 # Numbers of filters; each is probed at `points_per_filter` frequencies.
 SIZES: dict[str, tuple[int, int, int]] = {"quick": (256, 64, 256), "paper": (2_048, 512, 1_024)}
@@ -114,6 +119,39 @@ class ResonatorTask:
     def splits(self, seed: int) -> Mapping[str, Split]:
         """Draw the splits, from the data seed or, with `redraw_data`, from the trial's seed."""
         return self._drawn.splits(seed)
+
+    def shifts(self, seed: int) -> Shifts:
+        """Sharper resonances (quality, probed at their peaks), filters and probes of a wider range (factor),
+        and inputs read with noise (decades). What is not shifted has qualities that training knows."""
+        data = self.params.data
+
+        def points(part: str, wider: float = 1.0) -> Floats:
+            filters = draw_filters(
+                SHIFTED_ROWS // 8, QUALITY_SEEN, data.stream("rf", f"shift {part} filters", seed), wider=wider
+            )
+            stream = data.stream("rf", f"shift {part} points", seed)
+            return draw_points(filters, 8, stream, focus=self.params.focus, wider=wider)
+
+        def split_of(points: Floats) -> Split:
+            return with_pole_distance(_make_split(points), pole_distance(points))
+
+        def near(quality: float) -> Split:
+            stream = data.stream("rf", f"shift near {quality}", seed)
+            return split_of(draw_peak_points(SHIFTED_ROWS, quality, stream))
+
+        def noisy(noise: float) -> Split:
+            clean = split_of(points(f"noise {noise}"))
+            drawn = data.stream("rf", f"shift noise {noise}", seed).normal(0.0, noise, clean.inputs.shape)
+            return replace(clean, inputs=clean.inputs + torch.from_numpy(drawn.astype(np.float32)))
+
+        unshifted = split_of(points("none"))
+        return {
+            "near_pole": shifted_levels(unshifted, (30.0, 100.0, 300.0, 1_000.0), near),
+            "longer_range": shifted_levels(
+                unshifted, (2.0, 5.0, 10.0), lambda wider: split_of(points(f"wider {wider}", wider))
+            ),
+            "noise": shifted_levels(unshifted, (0.01, 0.03, 0.1), noisy),
+        }
 
     def build_model(self, config: TrialConfig) -> nn.Module:
         """Build the network of the structure; its width and depth, if it has any, are the config's."""

@@ -36,22 +36,34 @@ def response(w: npt.ArrayLike, w0: npt.ArrayLike, quality: npt.ArrayLike) -> Com
     return np.asarray(w0**2 / (s**2 + w0 / np.asarray(quality, dtype=np.float64) * s + w0**2))
 
 
-def draw_filters(count: int, quality_max: float, rng: np.random.Generator) -> Filters:
-    """Draw filters with w0 log-uniform in [0.5, 5] and Q log-uniform in [2, quality_max]."""
-    w0 = _log_uniform(W0_RANGE[0], W0_RANGE[1], (count,), rng)
+def draw_filters(count: int, quality_max: float, rng: np.random.Generator, *, wider: float = 1.0) -> Filters:
+    """Draw filters with w0 log-uniform in [0.5 / wider, 5 wider] and Q log-uniform in [2, quality_max]."""
+    w0 = _log_uniform(W0_RANGE[0] / wider, W0_RANGE[1] * wider, (count,), rng)
     return Filters(w0, _log_uniform(QUALITY_LOW, quality_max, (count,), rng))
 
 
+def draw_peak_points(count: int, quality: float, rng: np.random.Generator) -> Floats:
+    """Draw (w, w0, Q) rows, (count, 3), of filters of one quality, w within a bandwidth of the resonance."""
+    w0 = _log_uniform(W0_RANGE[0], W0_RANGE[1], (count,), rng)
+    w = np.clip(w0 * (1.0 + rng.uniform(-1.0, 1.0, size=count) / quality), *W_RANGE)
+    return np.column_stack([w, w0, np.full(count, quality)])
+
+
+def pole_distance(points: Floats) -> Floats:
+    """How far (N,) the response's denominator is from 0 at (w, w0, Q) rows, in units of w0^2: 1 / |H|."""
+    return np.asarray(1.0 / np.abs(response(points[:, 0], points[:, 1], points[:, 2])))
+
+
 def draw_points(
-    filters: Filters, per_filter: int, rng: np.random.Generator, *, focus: bool = False
+    filters: Filters, per_filter: int, rng: np.random.Generator, *, focus: bool = False, wider: float = 1.0
 ) -> Floats:
-    """Draw (w, w0, Q) rows, (F * per_filter, 3), with w log-uniform in [0.1, 10].
+    """Draw (w, w0, Q) rows, (F * per_filter, 3), with w log-uniform in [0.1 / wider, 10 wider].
 
     With `focus`, each point is instead taken near the resonance, N(w0, (w0/Q)^2), with probability one half
     (clipped to the same range).
     """
     shape = (filters.w0.size, per_filter)
-    w = _log_uniform(W_RANGE[0], W_RANGE[1], shape, rng)
+    w = _log_uniform(W_RANGE[0] / wider, W_RANGE[1] * wider, shape, rng)
     w0, quality = filters.w0[:, None], filters.quality[:, None]
     if focus:
         near = np.clip(rng.normal(w0, w0 / quality, size=shape), *W_RANGE)

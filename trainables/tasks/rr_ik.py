@@ -7,7 +7,7 @@ them. How poses are drawn and split is in `rr_ik_data`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,16 @@ from scm.guards.symmetry import Symmetry
 from scm.models import make_model
 from scm.training.targets import STATUS_CODES, lift_semantic_targets
 from trainables.metrics import standard_metrics
-from trainables.tasks.generated import DrawnData, DrawnSplits, check_choice, check_real, parse_drawn_data
+from trainables.tasks.generated import (
+    SHIFTED_ROWS,
+    DrawnData,
+    DrawnSplits,
+    check_choice,
+    check_real,
+    parse_drawn_data,
+    shifted_levels,
+    with_pole_distance,
+)
 from trainables.tasks.rr_ik_data import (
     BUCKET_NAMES,
     DAMPING,
@@ -29,6 +38,7 @@ from trainables.tasks.rr_ik_data import (
     damped_step,
     determinant,
     draw_poses,
+    draw_poses_near,
     jacobian,
     stratified_split,
 )
@@ -44,7 +54,7 @@ from trainables.tasks.shared_denominator import (
 if TYPE_CHECKING:
     from scm.trial import Decoded
     from scm.trial_config import TrialConfig
-    from trainables.tasks.protocol import LossFn
+    from trainables.tasks.protocol import LossFn, Shifts
 
 SIZES: dict[str, tuple[int, int, int]] = {"quick": (6_000, 1_500, 3_000), "paper": (150_000, 10_000, 40_000)}
 STRUCTURES: tuple[str, ...] = ("step_linear", "free")
@@ -125,6 +135,38 @@ class ArmTask:
                 ("reversed", _Signs(1.0, 1.0, -1.0, -1.0), -1.0),
                 ("mirrored_reversed", _Signs(-1.0, -1.0, -1.0, 1.0), 1.0),
             )
+        }
+
+    def shifts(self, seed: int) -> Shifts:
+        """Poses nearer to the singular ones (rad), longer steps (link lengths) and angles and steps read with
+        noise (rad and link lengths)."""
+        data, count = self.params.data, min(self.params.data.n_test, SHIFTED_ROWS)
+
+        def poses(part: str) -> np.ndarray:
+            return draw_poses(count, data.stream("rr_ik", f"shift {part}", seed))
+
+        def split_of(poses: np.ndarray) -> Split:
+            sine = determinant(poses[:, :2])
+            return with_pole_distance(_make_split(poses, bucket_of(sine)), np.abs(sine))
+
+        def near(within: float) -> Split:
+            return split_of(
+                draw_poses_near(count, within, data.stream("rr_ik", f"shift near {within}", seed))
+            )
+
+        def longer(step: float) -> Split:
+            return split_of(poses(f"step {step}") * np.array([1.0, 1.0, step / STEP, step / STEP]))
+
+        def noisy(noise: float) -> Split:
+            clean = split_of(poses(f"noise {noise}"))
+            drawn = data.stream("rr_ik", f"shift noise of {noise}", seed).normal(0.0, noise, (count, 4))
+            return replace(clean, inputs=clean.inputs + torch.from_numpy(drawn.astype(np.float32)))
+
+        unshifted = split_of(poses("none"))
+        return {
+            "near_pole": shifted_levels(unshifted, (1e-2, 1e-3, 1e-4, 1e-5), near),
+            "longer_range": shifted_levels(unshifted, (0.3, 1.0, 3.0), longer),
+            "noise": shifted_levels(unshifted, (1e-3, 1e-2, 1e-1), noisy),
         }
 
     def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:

@@ -76,6 +76,16 @@ def draw_poses(count: int, rng: np.random.Generator) -> Floats:
     return np.column_stack([theta1, theta2, rng.normal(0.0, STEP, size=(count, 2))])
 
 
+def draw_poses_near(count: int, within: float, rng: np.random.Generator) -> Floats:
+    """Draw (theta1, theta2, dx, dy), (count, 4), with theta2 within `within` radians of 0 or pi."""
+    poses = draw_poses(count, rng)
+    folded = np.where(rng.random(count) < 0.5, 0.0, np.pi)
+    offset = rng.uniform(-within, within, size=count)
+    # Angles stay in [-pi, pi], where those of training are.
+    poses[:, 1] = np.where(folded > 0.0, np.sign(offset) * np.pi - offset, offset)
+    return poses
+
+
 def bucket_of(det: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """The bucket (0 to 4, see `BUCKET_EDGES`) of each |det J|; a lower edge belongs to its bucket."""
     return np.searchsorted(np.asarray(BUCKET_EDGES[1:]), np.abs(np.asarray(det)), side="right").astype(
