@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := scm search_spaces trainables reports harness
 
-.PHONY: help setup demo test test-slow lint bench-quick clean
+.PHONY: help setup demo robustness-demo test test-slow lint bench-quick clean
 
 help:
 	@echo "make demo       sweep the two example data sets and print the ranked configs"
+	@echo "make robustness-demo  try the three best of those configs on singular inputs, faults and shifted data"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests marked slow (clusters, long trainings)"
 	@echo "make lint       formatting, lint and types"
@@ -26,6 +27,11 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/scm-harness sweep examples/nh4.yaml --out runs/demo/nh4
 	$(BIN)/scm-harness sweep examples/gbsg2.yaml --out runs/demo/gbsg2
+
+robustness-demo: setup
+	test -f runs/demo/gbsg2/leaderboard.parquet || $(BIN)/scm-harness sweep examples/gbsg2.yaml --out runs/demo/gbsg2
+	$(BIN)/scm-harness robustness runs/demo/gbsg2 --top 3 --profile smoke
+	@echo "page: runs/demo/gbsg2/robustness/report.html"
 
 test: setup
 	$(BIN)/python -m pytest -q

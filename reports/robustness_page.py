@@ -24,6 +24,7 @@ from reports.drawing import Chart, Series, draw_lines, short
 from reports.robustness_view import Rows, page_view
 
 PAGE_FILE = "report.html"
+RUN_PART = "robustness"  # the folder's name inside a run
 PROVENANCE_FILE = "robustness.json"
 PARTS: dict[str, str] = {
     "scores": "robustness scores",
@@ -46,7 +47,7 @@ def write_page(folder: Path) -> Path:
     for name in PARTS:
         parts[name], problems[name] = read_part(folder / f"{name}.parquet")
     said, problems["provenance"] = read_provenance(folder / PROVENANCE_FILE)
-    page = render_page(page_view(parts, said), problems, title=folder.resolve().parent.name)
+    page = render_page(page_view(parts, said), problems, title=_title(folder.resolve()))
     path = folder / PAGE_FILE
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -114,6 +115,11 @@ def shade(share: float | None) -> int:
     if share is None or not math.isfinite(share):
         return -1
     return min(10, max(0, math.floor(share * 10 + 1e-9)))
+
+
+def _title(folder: Path) -> str:
+    """The run that was examined, or the folder itself where it is in none."""
+    return folder.parent.name if folder.name == RUN_PART else folder.name
 
 
 def _known(value: float | None) -> bool:

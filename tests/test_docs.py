@@ -14,6 +14,7 @@ from harness.cli.main import COMMANDS, help_text, main
 from harness.plan import Plan, load_plan, plan_space
 from harness.yaml_text import write_yaml
 from reports.metrics import METRICS
+from reports.robustness_shift import SHIFT_COLUMNS
 from reports.schema import BASE_COLUMNS, HISTORY_COLUMNS
 from scm.training.targets import STATUSES
 from scm.trial_config import KNOBS
@@ -134,3 +135,11 @@ def test_links_lead_somewhere(path: Path) -> None:
     """A relative link of a document names a file that exists."""
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_column_of_a_shift_is_explained() -> None:
+    """docs/robustness.md has one row for each column of shift.parquet, in order, as the schema says it."""
+    text = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8").replace("\\|", "!")
+    shown = re.findall(r"^\| `(\w+)` \| [\w ]+ \| ([^|]*) \| ([^|]*) \|$", text, re.M)
+    stated = [(c.name, c.meaning.replace("|", "!"), c.unit.replace("|", "!")) for c in SHIFT_COLUMNS]
+    assert shown[: len(stated)] == stated
