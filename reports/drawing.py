@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 300.0, 176.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
 STYLES = 6  # colours, marks and dashes that the templates know
 _LOG_FROM = 30.0  # a span of values above which their logarithm is drawn
+_LARGEST, _SMALLEST = 1e300, 1e-300  # axes end there, so that no span and no power overflows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ def draw_lines(
     Positive values that span more than a factor of 30 are drawn on a logarithmic scale.
     """
     known = [
-        value
+        max(-_LARGEST, min(_LARGEST, value))
         for item in series
         for value in (*item.values, *item.low, *item.high)
         if value is not None and math.isfinite(value)
@@ -155,7 +156,8 @@ def _y_axis(
     if asked is not None:
         return asked, [(value, short(value)) for value in nice_ticks(*asked, 5)]
     if log:
-        low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+        low = math.floor(math.log10(max(_SMALLEST, min(known))))
+        high = max(low + 1, math.ceil(math.log10(max(known))))
         powers = range(low, high + 1, max(1, math.ceil((high - low) / 4)))
         return (10.0**low, 10.0**high), [(10.0**power, short(10.0**power)) for power in powers]
     top = max([0.0, *known])

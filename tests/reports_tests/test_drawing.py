@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reports.drawing import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, draw_lines, nice_ticks, short
@@ -15,6 +15,9 @@ ANY = st.none() | st.floats(allow_nan=True, allow_infinity=True)
 
 
 @given(st.lists(ANY, min_size=1, max_size=8), st.booleans())
+@example([1.0, 1.0000000000000655e308], False)
+@example([-1.7e308, 1.7e308, 5e-324], False)
+@example([5e-324, 1e-310], False)
 def test_every_mark_lies_in_the_picture(values, bounded):
     """Whatever the values, NaN, infinities and the largest floats among them."""
     series = Series(name="a", style=7, values=values, low=values, high=values)
