@@ -103,7 +103,8 @@ def render_page(view: Mapping[str, Any], problems: Mapping[str, str], *, title: 
         fault_charts=[_fault_charts(figure) for figure in view["faults"] or ()],
         shift_charts=[_shift_charts(figure) for figure in view["shifts"] or ()],
     )
-    return page
+    # What the loops of the templates leave between elements is a tenth of the page.
+    return "\n".join(line for line in page.split("\n") if line.strip()) + "\n"
 
 
 def shade(share: float | None) -> int:

@@ -17,8 +17,8 @@ Rows = Sequence[Row]
 
 MOST_CONFIGS = 6  # more lines in one picture are not told apart; the files hold the others
 MOST_BROKEN = 24
-MOST_CHARACTERS = 600
-MOST_OF_ERROR = 120  # of a cell's message, which stands there many times
+MOST_CHARACTERS = 400
+MOST_OF_MANY = 80  # of a message that stands there many times: of a cell, of a verdict
 SEVERITIES = ("low", "middle", "high")
 ENDED_WELL = ("completed", "stopped")
 VERDICTS = ("broken", "error", "holds", "not_applicable")
@@ -134,7 +134,7 @@ def verdict_table(verdicts: Rows | None) -> list[dict[str, Any]] | None:
         if status in VERDICTS:
             entry[status] += 1
         if status in ("error", "not_applicable") and not entry["why"]:
-            entry["why"] = text(row.get("message"))
+            entry["why"] = text(row.get("message"))[: 2 * MOST_OF_MANY]
     return sorted(counted.values(), key=lambda entry: (-entry["broken"], -entry["error"], entry["property"]))
 
 
@@ -295,7 +295,7 @@ def number(value: Any) -> float:
 
 
 def text(value: Any) -> str:
-    """A value as one line of at most 600 characters; empty for None."""
+    """A value as one line of at most 400 characters; empty for None."""
     line = "" if value is None else " ".join(str(value).split())
     return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1] + "…"
 
@@ -324,7 +324,7 @@ def _cell(here: Rows) -> dict[str, Any] | None:
         "recovered": sum(recovered) if recovered else None,
         "asked": len(recovered),
         "epochs_to_recover": sum(epochs) / len(epochs) if epochs else None,
-        "error": next((text(row["error"])[:MOST_OF_ERROR] for row in held if row.get("error")), ""),
+        "error": next((text(row["error"])[:MOST_OF_MANY] for row in held if row.get("error")), ""),
     }
 
 

@@ -404,7 +404,7 @@ def test_the_policy_allows_the_pages_own_style_and_nothing_else(tmp_path: Path):
 
 
 def test_a_large_run_makes_a_page_of_bounded_size(tmp_path: Path):
-    """Twenty-four configs, fourteen faults and hundreds of counterexamples stay below 400 kB."""
+    """Twenty-four configs, fifteen faults and hundreds of counterexamples stay below 400 kB."""
     names = [f"{index:012x}" for index in range(24)]
     base = [row for row in made_cells() if row["config_id"] == CONFIGS[0] and row["fault"] == "label_flips"]
     cells = [
@@ -414,9 +414,14 @@ def test_a_large_run_makes_a_page_of_bounded_size(tmp_path: Path):
             "fault": f"a_fault_with_a_name_{fault}",
             "error": "x" * 300,
             "status": "failed",
+            "nan_count": 123456,
+            "nan_loss": 12345,
+            "nan_gradient": 12345,
+            "recovered": False,
+            "epochs_to_recover": 3,
         }
         for name in names
-        for fault in range(14)
+        for fault in range(15)
         for row in base
     ]
     shift = [
@@ -425,11 +430,19 @@ def test_a_large_run_makes_a_page_of_bounded_size(tmp_path: Path):
     found = [{**made_counterexamples()[0], "id": str(i), "shown": "9" * 5000} for i in range(300)]
     scores = [{**made_scores()[0], "config_id": name} for name in names]
     folder = write_folder(
-        tmp_path / "robustness", cells=cells, shift=shift, counterexamples=found, scores=scores
+        tmp_path / "robustness",
+        cells=cells,
+        shift=shift,
+        counterexamples=found,
+        scores=scores,
+        verdicts=[
+            {**made_verdicts()[0], "property": f"law_{i}", "status": "error", "message": "m" * 999}
+            for i in range(50)
+        ],
     )
     path = write_page(folder)
     assert path.stat().st_size < 400_000
-    assert f"{24 + 3 - MOST_CONFIGS} more configs" in path.read_text(encoding="utf-8")
+    assert f"{24 + 2 - MOST_CONFIGS} more configs" in path.read_text(encoding="utf-8")
 
 
 def test_the_page_is_the_same_for_the_same_files(tmp_path: Path):
