@@ -116,7 +116,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
     Column(
         "recovered_share", "float64", "recovered, among the cells whose fault ends; NaN without any", "share"
     ),
-    Column("adversarial_fault", "string", "the fault of the cell with the least retained quality"),
+    Column("adversarial_fault", "string", "the fault that leaves least of the clean twins' quality"),
     Column("adversarial_severity", "string", "its severity"),
     Column("adversarial_retained", "float64", "its retained quality, mean over seeds", "share"),
     Column("n_cells", "int64", "cells planned", "cells"),
@@ -153,9 +153,8 @@ def cells_table(rows: Iterable[Cell]) -> pa.Table:
     for row in held:
         for name in row:
             if name not in schema.names:
-                raise ValueError(
-                    f"a cell must have the columns of cell_schema(), got {name!r}{nearest_name(name, schema.names)}"
-                )
+                near = nearest_name(name, schema.names)
+                raise ValueError(f"a cell must have the columns of cell_schema(), got {name!r}{near}")
         if row.get("status") not in CELL_STATUSES:
             raise ValueError(f"status must be one of {', '.join(CELL_STATUSES)}, got {row.get('status')!r}")
     return pa.Table.from_pylist(held, schema=schema)
@@ -209,6 +208,12 @@ def retained_quality(cell: Cell, *, test: bool = False) -> float:
     return (1.0 if error <= best else _share(best, error)) * _share(coverage, asked) * refusal
 
 
+def clean_quality(cell: Cell) -> float:
+    """The retained quality of the clean twin itself, validation split: what a harmless fault leaves."""
+    twin = {name.removeprefix("clean_"): value for name, value in cell.items() if name.startswith("clean_")}
+    return retained_quality({**cell, **twin})
+
+
 def score_cells(cells: pa.Table, *, resamples: int = 2000, seed: int = 0) -> pa.Table:
     """One row per config, ordered by config_id: `SCORE_COLUMNS`.
 
@@ -219,7 +224,7 @@ def score_cells(cells: pa.Table, *, resamples: int = 2000, seed: int = 0) -> pa.
     low, high: a bootstrap interval of 95 %, widened to hold the score. Seeds are drawn as blocks, the same in
     all faults, and so are faults: it says what other seeds and other faults of the kind might have given.
     NaN where there is one seed, which says nothing of others. The adversarial cell is the fault and severity
-    with the least mean over seeds; of several, the mildest.
+    that leave the least share of the clean twins' own quality, mean over seeds; of several, the mildest.
 
     Order of the rows makes no difference. Raises ValueError for a cell that is there twice, and for cells
     that lack a column.
@@ -293,10 +298,11 @@ def _score(
         test: _grid(planned, {key: retained_quality(cell, test=test) for key, cell in found.items()})
         for test in (False, True)
     }
+    left = {key: _left(cell) for key, cell in found.items()}
     low, high = _interval(grids[False], resamples, seed)
     score = _mean_of_faults(grids[False])
     recovered = [cell["recovered"] for cell in cells if cell.get("recovered") is not None]
-    adversarial = _adversarial(planned, grids[False])
+    adversarial = _adversarial(planned, grids[False], _grid(planned, left))
     applies = [name for name, grid in zip(planned.severities, grids[False], strict=True) if _applies(grid)]
     n_cells = sum(map(len, planned.severities.values())) * len(planned.seeds)
     left_out = sum(cell["status"] == NOT_APPLICABLE for cell in cells)
@@ -356,7 +362,7 @@ def _interval(grids: Sequence[Floats], resamples: int, seed: int) -> tuple[float
     drawn_faults = source.integers(len(held), size=(resamples, len(held)))
     by_fault = np.stack([_means_of_draws(grid, drawn_seeds) for grid in held], axis=1)  # (resamples, faults)
     picked = np.take_along_axis(by_fault, drawn_faults, axis=1)
-    scores = np.array([_mean(row) for row in picked])
+    scores = _nan_mean(picked, axis=1)
     scores = scores[~np.isnan(scores)]
     if not len(scores):
         return math.nan, math.nan
@@ -377,15 +383,25 @@ def _nan_mean(values: Floats, axis: int) -> Floats:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _adversarial(planned: _Planned, grids: Sequence[Floats]) -> tuple[str | None, str | None, float]:
-    worst: tuple[float, tuple[int, str], str, str] | None = None
-    for (fault, severities), grid in zip(planned.severities.items(), grids, strict=True):
-        for name, row in zip(severities, grid, strict=True):
-            mean = _mean(row)
+def _left(cell: Cell) -> float:
+    """What a fault left of the quality that its clean twin has; NaN where it does not apply."""
+    retained = retained_quality(cell)
+    return retained if math.isnan(retained) else _share(retained, clean_quality(cell))
+
+
+def _adversarial(
+    planned: _Planned, retained: Sequence[Floats], left: Sequence[Floats]
+) -> tuple[str | None, str | None, float]:
+    """Fault, severity and mean retained quality of the cell that leaves least; None where none applies."""
+    worst: tuple[float, tuple[int, str], str, str, float] | None = None
+    faults = zip(planned.severities.items(), retained, left, strict=True)
+    for (fault, severities), retained_here, left_here in faults:
+        for place, name in enumerate(severities):
+            mean = _mean(left_here[place])
             if not math.isnan(mean):
-                found = (mean, _place(name), fault, name)
+                found = (mean, _place(name), fault, name, _mean(retained_here[place]))
                 worst = found if worst is None else min(worst, found)
-    return (None, None, math.nan) if worst is None else (worst[2], worst[3], worst[0])
+    return (None, None, math.nan) if worst is None else (worst[2], worst[3], worst[4])
 
 
 def _share(part: float, whole: float) -> float:

@@ -41,7 +41,7 @@ class InapplicableFaultError(ValueError):
 
 
 def source_of(fault: str, seed: int) -> torch.Generator:
-    """Where what a fault draws in a trial of this seed comes from; the trial's own streams stay as they are."""
+    """Where a fault draws from in a trial of this seed; the trial's own streams stay as they are."""
     return generator(seed, f"fault.{fault}")
 
 
@@ -282,7 +282,7 @@ class MarkedTask:
     def build_model(self, config: TrialConfig) -> nn.Module:
         """Build the task's model, with another forward; parameters keep their names and order."""
         model = self._task.build_model(config)
-        model.forward = partial(_marked_forward, model.forward)  # type: ignore[method-assign]
+        model.forward = partial(_marked_forward, model.forward)
         return model
 
     def make_loss(self, config: TrialConfig) -> LossFn | None:
@@ -328,11 +328,11 @@ def _marked_forward(forward: Callable[[Tensor], Any], inputs: Tensor) -> tuple[A
 
 def _marked(values: Tensor, scale: Tensor, gradient: Tensor, half: Tensor) -> Tensor:
     bits = math.ceil(math.log2(torch.finfo(values.dtype).max))
+    spike = torch.exp2(_spread(gradient, values))
+    values = values + (spike - 1.0) * (values - values.detach())
     # In two steps, because the whole factor may be no number of this dtype.
     root = torch.exp2(_spread(scale, values) * (bits / 200.0))
     values = values * root * root
-    spike = torch.exp2(_spread(gradient, values))
-    values = values + (spike - 1.0) * (values - values.detach())
     size = torch.exp2(_spread(half, values))
     halved = (values * size).to(torch.float16).to(values.dtype) / size
     return torch.where(_spread(half, values) > 0, halved, values)

@@ -114,7 +114,7 @@ class KilledWorker:
 
 
 def write_states(path: Path, states: Mapping[str, State]) -> None:
-    """Write where trials stand, by trial_id, whole or not at all; nothing in the file runs when it is read."""
+    """Write where trials stand, by trial_id, whole or not at all; reading it runs nothing."""
     held: dict[str, Any] = {}
     for trial_id, state in states.items():
         if isinstance(state, AloneState):

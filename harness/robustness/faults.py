@@ -126,7 +126,7 @@ _TABLE = (
     ),
     Fault(
         name="gradient_spikes",
-        summary="P and Q are as they are in a tenth of the window's batches, their gradient is many times larger",
+        summary="the gradient of P and Q is many times larger in a tenth of the window's batches",
         how="outputs",
         does="gradient",
         strength="power of 2",

@@ -49,7 +49,7 @@ def run_matrix(
     "fault:severity" before its trials begin. Rows come by fault, severity, config and seed, and are the same
     at every call, `duration_s` apart. Trials of a cell are one pack where they can be.
 
-    Whatever a task, a config or a fault raises is in the rows of its cells, which have failed or do not apply.
+    Whatever a task, a config or a fault raises is in the rows of its cells: they failed, or do not apply.
     Raises `DeviceError` where the device is absent.
     """
     from trainables.trial import check_device
@@ -195,7 +195,7 @@ class _Matrix:
         phases: Iterable[_Phase],
         begun: Mapping[str, _Run] | None = None,
     ) -> dict[str, _Run]:
-        """Train through the phases, from where `begun` stands; a trial that has ended takes part in no more."""
+        """Train through the phases, from where `begun` stands; a trial that has ended is left out."""
         from trainables.faulty import with_rate
         from trainables.packed_trial import Member, PackRun
 
@@ -428,7 +428,7 @@ class _Matrix:
             self._saves = error
 
     def _gone_on(self, trials: Sequence[_Trial], lost: int) -> dict[str, _Run]:
-        """The trials gone on with from what the killed worker had saved, `lost` epochs before its last save."""
+        """The trials, gone on with from what the killed worker saved `lost` epochs before its last save."""
         saves = self._worker_saves()
         begin = max(0, self._worker_epoch - lost)
         states = saves.get(begin, {})
