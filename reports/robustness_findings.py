@@ -40,7 +40,9 @@ COUNTEREXAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("law", "string", "what it says"),
     Column("message", "string", "what was found instead"),
     Column("shown", "string", "the case, for people"),
-    Column("input", "string", "the case, bit for bit: JSON, tensors as dtype, shape and bytes", required=True),
+    Column(
+        "input", "string", "the case, bit for bit: JSON, tensors as dtype, shape and bytes", required=True
+    ),
     Column("rows", "int64", "rows of data in the case", "rows"),
     Column("task", "string", "the learning problem", required=True),
     Column("config_id", "string", "hash of the config", required=True),

@@ -71,7 +71,7 @@ def train_models(
 ) -> dict[str, Trained | Mapping[str, Any]]:
     """Train (trial_id, config, seed), as packs where they can be, and return models by trial_id.
 
-    A trial that ended without a model (its task raised) is there with its outcome alone.
+    A trial that failed (its task raised) is there with its outcome alone.
     """
     loaded: dict[int, Any] = {}
 
@@ -89,7 +89,7 @@ def train_models(
             if told.outcome is None:
                 continue
             member = by_id[told.trial_id]
-            if told.model is None:
+            if told.model is None or told.outcome["status"] == "failed":
                 ended[told.trial_id] = told.outcome
                 continue
             held = loaded[member.seed]

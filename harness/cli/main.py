@@ -30,6 +30,11 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command("harness.cli.sweep", "run a plan: draw configs, train them, write rows, rank them"),
     "audit": Command("harness.cli.audit", "name the knobs of a plan that do nothing, before it is run"),
     "rank": Command("harness.cli.rank", "rank the configs of a run"),
+    "robustness": Command(
+        "harness.cli.robustness",
+        "try laws, faults and shifted data on the best configs of a run, or on a model",
+    ),
+    "replay": Command("harness.cli.replay", "try a case that broke a law again"),
     "spaces": Command("harness.cli.spaces", "list the named search spaces and what each varies"),
     "tasks": Command("harness.cli.tasks", "list the tasks that a plan can name"),
 }
@@ -92,10 +97,10 @@ def help_text() -> str:
     lines += ["", "scm-harness COMMAND --help says more about one command."]
     lines += [
         "",
-        "exit codes: 0 done; 1 an audit found something; 2 bad input (usage, plan, space, data); 4 run",
-        "folder missing, not empty, unwritable or not a run; 5 finished, but no config has a completed",
-        "trial; 6 the environment cannot give what was asked (GPU, address); 130 interrupted, finished",
-        "rows kept.",
+        "exit codes: 0 done; 1 found something (audit, robustness, replay); 2 bad input (usage, plan, space,",
+        "data, checkpoint); 4 run folder missing, not empty, unwritable or not a run; 5 finished, but no",
+        "config has a completed trial; 6 the environment cannot give what was asked (GPU, address); 130",
+        "interrupted, finished rows kept.",
     ]
     return "\n".join(lines)
 

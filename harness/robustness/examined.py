@@ -26,6 +26,7 @@ from reports.rows import read_rows
 from reports.schema import CONFIG_PREFIX
 from search_spaces.identity import config_id, trial_id
 from trainables.configs import resolve_and_activate, resolve_config
+from trainables.loading import load_task
 from trainables.trained import (
     CheckpointError,
     Trained,
@@ -68,13 +69,14 @@ def find_examined(
     plan: says of a checkpoint of a training under way what task and config it is of. Raises UserError for a
     target that is none of them, with the exit code for what is wrong with it.
     """
-    if target.is_dir():
-        return _of_run(target, top, seeds)
     if not target.exists():
         raise UserError(f"{target}: no such run folder, config file or checkpoint")
-    if target.suffix in (".yaml", ".yml"):
-        return _of_config(target, seeds)
-    return _of_checkpoint(target, seeds, plan, device)
+    if not target.is_dir() and target.suffix not in (".yaml", ".yml"):
+        return _of_checkpoint(target, seeds, plan, device)
+    found = _of_run(target, top, seeds) if target.is_dir() else _of_config(target, seeds)
+    with task_errors_told(found.spec["name"]):  # before anything is written
+        load_task(found.spec, found.seeds[0])
+    return found
 
 
 def train_examined(

@@ -150,10 +150,10 @@ _TABLE = (
     ),
     Fault(
         name="tau_mismatch",
-        summary="answers are decoded at a tau_infer far above the thresholds of the training",
+        summary="answers are decoded at a tau_infer above the thresholds of the training",
         how="threshold",
         strength="times tau_train_max",
-        severities=_levels(10, 100, 1000),
+        severities=_levels(2, 10, 100),
         window=None,
     ),
     Fault(

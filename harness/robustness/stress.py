@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def parse_properties(text: str) -> list[Property]:
     chosen = []
     for name in (part.strip() for part in text.split(",") if part.strip()):
         if name not in MODEL_LAWS:
-            raise UserError(f"unknown property {name!r}{nearest(name, MODEL_LAWS)} (known: {', '.join(MODEL_LAWS)})")
+            raise UserError(
+                f"unknown property {name!r}{nearest(name, MODEL_LAWS)} (known: {', '.join(MODEL_LAWS)})"
+            )
         chosen.append(MODEL_LAWS[name])
     if not chosen:
         raise UserError(f"--properties must name laws or be all, got {text!r}")
@@ -79,7 +82,8 @@ def stress_models(
             identity = {"task": task, "config_id": config_id, "trial_id": trial_id, "seed": int(number)}
             if not isinstance(model, Trained):
                 findings.verdicts.append(
-                    identity | {"property": NO_MODEL, "status": ERROR, "message": f"no model: {model['error']}"}
+                    identity
+                    | {"property": NO_MODEL, "status": ERROR, "message": f"no model: {model['error']}"}
                 )
                 continue
             digest = model.digest
@@ -87,7 +91,7 @@ def stress_models(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_trained(model, path)
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, whatever a task prints
-                for row, case in _tried(model, laws, examples, seed, lambda law, t=trial_id: on_law(t, law)):
+                for row, case in _tried(model, laws, examples, seed, partial(on_law, trial_id)):
                     _note(findings, identity | {"model_digest": digest}, row, case)
             findings.write()
     finally:
@@ -95,7 +99,7 @@ def stress_models(
 
 
 def replay(row: Mapping[str, Any], folder: Path, device: str = "cpu") -> str | None:
-    """Try a stored case again, with the stored weights and today's code: how it fails, None where it is fixed.
+    """Try a stored case again, with its weights and today's code: how it fails, None where it is fixed.
 
     Raises DoesNotApplyError where the law says nothing about the model any more, CheckpointError and whatever
     the task raises where the model cannot be had.
