@@ -99,8 +99,8 @@ def help_text() -> str:
         "",
         "exit codes: 0 done; 1 found something (audit, robustness, replay); 2 bad input (usage, plan, space,",
         "data, checkpoint); 4 run folder missing, not empty, unwritable or not a run; 5 finished, but no",
-        "config has a completed trial; 6 the environment cannot give what was asked (GPU, address); 130",
-        "interrupted, finished rows kept.",
+        "config has a completed trial; 6 the environment cannot give what was asked (GPU, address);",
+        "130 interrupted, finished rows kept.",
     ]
     return "\n".join(lines)
 
