@@ -152,8 +152,8 @@ _TABLE = (
         name="tau_mismatch",
         summary="answers are decoded at a tau_infer above the thresholds of the training",
         how="threshold",
-        strength="times tau_train_max",
-        severities=_levels(2, 10, 100),
+        strength="share of the way to 1",
+        severities=_levels(0.25, 0.5, 0.9),
         window=None,
     ),
     Fault(

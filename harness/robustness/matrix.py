@@ -387,8 +387,8 @@ class _Matrix:
 
         return load
 
-    def _at_other_threshold(self, trials: Sequence[_Trial], factor: float) -> dict[str, _Run]:
-        """The clean twins, their answers decoded at another threshold."""
+    def _at_other_threshold(self, trials: Sequence[_Trial], share: float) -> dict[str, _Run]:
+        """The clean twins, their answers decoded at a threshold between that of the training and 1."""
         from trainables.faulty import answers_at
         from trainables.trial import error_line
 
@@ -400,7 +400,8 @@ class _Matrix:
                 continue
             begun = time.perf_counter()
             task, splits = self._clean(trial.seed)
-            tau = factor * trial.settings.tau_train_max
+            # In powers, as thresholds are chosen; 1 is the largest |Q| of a tuple of unit length.
+            tau = max(trial.settings.tau_train_max, trial.settings.tau_train_max ** (1.0 - share))
             try:
                 told = answers_at(task, twin.model, splits, trial.settings, tau)
                 run.outcome = {**twin.outcome, **told, "duration_s": time.perf_counter() - begun}
