@@ -70,6 +70,7 @@ class StressedModel:
         self.tau_infer = threshold_in(self.config.tau_infer, self.dtype)
         self._strict = InferenceConfig(tau_infer=self.config.tau_infer)
         self._in_precision: dict[str, nn.Module] = {}
+        self._held: dict[str, Any] = {}
 
     # --- what it answers ----------------------------------------------------------------------------
 
@@ -220,6 +221,12 @@ class StressedModel:
     def val_answer(self) -> Decoded:
         """The model's answers on its val split."""
         return decode_split(self.model, self.splits["val"], tau_infer=self.config.tau_infer)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was first asked for under this name."""
+        if name not in self._held:
+            self._held[name] = make()
+        return self._held[name]
 
     def splits_again(self) -> Mapping[str, Split]:
         """The splits of the same seed, asked of the task once more."""

@@ -20,6 +20,7 @@ from harness.robustness.law import BrokenLawError, Case, DoesNotApplyError, Prop
 from trainables.stressed import PRECISIONS, TRAINED_STATUSES, code_of, row_bytes
 
 MOST_ROWS = 6
+MOST_OF_ITS_OWN = 8  # numbers of a row that are drawn apart
 _EDGES = (0.0, -0.0, 1.0, -1.0, 5e-324, 1e-45, 1.2e-38, 1e19, -1e19, 2e19, 3.4e38, -3.4e38)
 _FACTORS = (1.0, -1.0, 10.0, 1e3, 1e-3)
 _GROUP = 31  # behind those of the library's laws
@@ -77,9 +78,9 @@ def _inputs(subject: Subject) -> SearchStrategy[Case]:
     return st.fixed_dictionaries({"inputs": rows_to_try(subject)})
 
 
-def _spread(bottom: Tensor, like: Tensor) -> Tensor:
-    """A mask in the shape of what it says something of."""
-    return bottom.reshape(*bottom.shape, *[1] * (like.ndim - bottom.ndim)).expand_as(like)
+def _spread(held: Tensor, like: Tensor) -> Tensor:
+    """What is said of denominators, in the shape of the numerators that share them."""
+    return held.reshape(*held.shape, *[1] * (like.ndim - held.ndim)).expand_as(like)
 
 
 # --- what it answers --------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def check_finite_or_bottom(subject: Subject, case: Case) -> None:
         raise BrokenLawError("an accepted answer must be finite, got one that is not")
     if bool((Q[~bottom].abs() < subject.tau_infer).any()):
         raise BrokenLawError(f"an accepted answer must have |Q| >= {subject.tau_infer:g}")
-    quotient = P / (Q if Q.ndim == P.ndim else Q.unsqueeze(-1))
+    quotient = P / _spread(Q, P)
     if not torch.equal(quotient[~wide], decoded[~wide]):
         raise BrokenLawError("an accepted answer must be P/Q, got another number")
 
@@ -142,20 +143,20 @@ def check_batch_does_not_matter(subject: Subject, case: Case) -> None:
         near = _close(Q.abs(), torch.full_like(Q, subject.tau_infer)) | _huge(together.P, Q)
         if bool((flipped & ~near).any()):
             raise BrokenLawError(f"rows must be answered alike {name}, got another set of bottoms")
-        both = _spread(~(bottom | together.bottom), decoded)
-        conditioned = _spread(Q.abs() >= 1e-3, decoded) & both
-        if not bool(_close(decoded, together.decoded)[conditioned].all()):
+        both = _spread(~(bottom | together.bottom) & (Q.abs() >= 0.05), decoded)
+        # A sum is rounded as its largest terms are, of which the largest P of a batch gives an idea.
+        size = P[both].abs().max() if bool(both.any()) else P.new_ones(())
+        if not bool(_close(decoded, together.decoded, size)[both].all()):
             raise BrokenLawError(f"rows must be answered alike {name}, got other answers")
-        del P
 
 
 def _joined(parts: list[Any]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _close(one: Tensor, other: Tensor) -> Tensor:
+def _close(one: Tensor, other: Tensor, size: Tensor | float = 1.0) -> Tensor:
     wide = 1e-3 if one.dtype == torch.float32 else 1e-6
-    return torch.isclose(one, other, rtol=wide, atol=wide)
+    return (one - other).abs() <= wide * (other.abs() + torch.as_tensor(size).clamp_min(1.0))
 
 
 def _huge(P: Tensor, Q: Tensor) -> Tensor:
@@ -296,10 +297,10 @@ def loss_cases(subject: Subject) -> SearchStrategy[Case]:
     row = st.fixed_dictionaries(
         {
             "place": st.integers(0, len(subject.rows) - 1),
-            "P": st.lists(numerators, min_size=count, max_size=count),
-            "Q": st.lists(denominators, min_size=scalar_q, max_size=scalar_q),
-            "value": st.lists(targets, min_size=count, max_size=count),
-            "status": st.lists(st.sampled_from(TRAINED_STATUSES), min_size=count, max_size=count),
+            "P": _filled(numerators, count),
+            "Q": _filled(denominators, scalar_q),
+            "value": _filled(targets, count),
+            "status": _filled(st.sampled_from(TRAINED_STATUSES), count),
         }
     )
 
@@ -315,6 +316,14 @@ def loss_cases(subject: Subject) -> SearchStrategy[Case]:
         }
 
     return st.lists(row, min_size=1, max_size=MOST_ROWS).map(build)
+
+
+def _filled(values: SearchStrategy[Any], count: int) -> SearchStrategy[list[Any]]:
+    """Lists of `count` values; of many, one fills the list but for a few others at its beginning."""
+    if count <= MOST_OF_ITS_OWN:
+        return st.lists(values, min_size=count, max_size=count)
+    few = st.lists(values, min_size=1, max_size=MOST_OF_ITS_OWN)
+    return few.map(lambda held: [*held, *[held[-1]] * (count - len(held))])
 
 
 def check_loss_finite(subject: Subject, case: Case) -> None:
@@ -415,6 +424,10 @@ def shared_rows(subject: Subject) -> list[dict[str, Any]]:
     Rows that are equal by chance occur inside the train split as well: as many of the others' rows may occur
     there as of its own do more than once, with three standard deviations to spare.
     """
+    return list(subject.once("shared_rows", lambda: _shared_rows(subject)))
+
+
+def _shared_rows(subject: Subject) -> list[dict[str, Any]]:
     train = subject.splits["train"]
     own = row_bytes(train)
     places: dict[bytes, int] = {}
@@ -463,34 +476,34 @@ def check_splits_apart(subject: Subject, case: Case) -> None:
 
 
 def leaking_columns(subject: Subject) -> list[dict[str, Any]]:
-    """Inputs that are a target of the val split, up to a factor and a shift, on all of its finite rows."""
+    """Inputs that are a target of the val split, up to a factor and a shift, on all of its finite rows.
+
+    Only of targets with as many values as `_LEAST_VALUES`: of fewer, an input may be one by chance.
+    """
+    return list(subject.once("leaking_columns", lambda: _leaking_columns(subject)))
+
+
+_LEAST_VALUES = 8
+
+
+def _leaking_columns(subject: Subject) -> list[dict[str, Any]]:
     split = subject.splits["val"]
     inputs = split.inputs.to(torch.float64).flatten(1)
-    values, finite = (
-        split.targets.Y_n.reshape(len(split), -1),
-        split.targets.mask_finite.reshape(len(split), -1),
-    )
+    values = split.targets.Y_n.reshape(len(split), -1).to(torch.float64)
+    finite = split.targets.mask_finite.reshape(len(split), -1)
     found = []
     for output in range(values.shape[1]):
         rows = finite[:, output].nonzero().squeeze(1)
-        value = values[rows, output].to(torch.float64)
-        if len(rows) < 8 or float(value.std()) == 0:
+        value = values[rows, output]
+        if len(value.unique()) < _LEAST_VALUES:
             continue
-        for column in range(inputs.shape[1]):
-            held = inputs[rows, column]
-            if float(held.std()) == 0:
-                continue
-            both = torch.stack([held, value])
-            if abs(float(torch.corrcoef(both)[0, 1])) > 1 - 1e-9:
-                ends = rows[torch.stack([value.argmin(), value.argmax()])]
-                found.append(
-                    {
-                        "column": column,
-                        "output": output,
-                        "inputs": split.inputs[ends],
-                        "Y_n": split.targets.Y_n[ends],
-                    }
-                )
+        held = inputs[rows] - inputs[rows].mean(0)
+        value = value - value.mean()
+        alike = (held.T @ value).abs() / (held.norm(dim=0) * value.norm())
+        for column in (alike > 1 - 1e-9).nonzero().squeeze(1).tolist():  # NaN, of a constant column, is not
+            ends = rows[torch.stack([value.argmin(), value.argmax()])]
+            place = {"column": column, "output": output}
+            found.append(place | {"inputs": split.inputs[ends], "Y_n": split.targets.Y_n[ends]})
     return found
 
 

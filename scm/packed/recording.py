@@ -100,10 +100,33 @@ class _Recorder(TorchDispatchMode):
                 raise DependsOnValuesError(str(func))
             return func(*args, **kwargs)
         made = func(*args, **kwargs)
-        node = self.graph.call_function(func, *nodes)
+        node = self.graph.call_function(self._pure(func, args), *nodes)
         describe(node, made)
         self._keep(made, node, given or torch.Tag.nondeterministic_seeded in func.tags)
         return made
+
+    def _pure(self, func: torch._ops.OpOverload, args: tuple[Any, ...]) -> torch._ops.OpOverload:
+        """The operation that gives anew what this one writes into a tensor of the function's own.
+
+        Backward passes write so into what they have just made (that of a norm does). What is written into an
+        input, a constant, or memory that another tensor sees as well, stays what it is.
+        """
+        name, target = func.overloadpacket._qualified_op_name, args[0] if args else None
+        if not func._schema.is_mutable or not name.endswith("_") or not isinstance(target, Tensor):
+            return func
+        packet = getattr(torch.ops.aten, name.removesuffix("_").removeprefix("aten::"), None)
+        pure: torch._ops.OpOverload | None = getattr(packet, func._overloadname, None)
+        written = self._nodes.get(target)
+        own = written is not None and written.op == "call_function"
+        if pure is None or not own or self._is_seen_elsewhere(target):
+            return func
+        return pure
+
+    def _is_seen_elsewhere(self, target: Tensor) -> bool:
+        memory = target.untyped_storage().data_ptr()
+        return any(
+            other is not target and other.untyped_storage().data_ptr() == memory for other in self._nodes
+        )
 
     def _told(self, item: Any) -> Any:
         return self.node_of(item) if isinstance(item, Tensor) else item

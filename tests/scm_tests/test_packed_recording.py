@@ -137,3 +137,32 @@ def test_to_trace_imports_no_compiler():
     """A second of every worker's start, and more memory than a small sweep needs."""
     ran = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == []
+
+
+def test_what_is_written_into_a_tensor_of_its_own_is_recorded_as_made_anew() -> None:
+    """The graph writes nowhere, so that it can be run for many trials, and gives what the function gives."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        made = x @ w
+        before = made + 1.0
+        made.masked_fill_(made < 0, 0.5).mul_(2.0)
+        return made, before
+
+    given = (torch.linspace(-2.0, 2.0, 8).view(2, 4), WEIGHT)
+    graph = record(function, given)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert not any(target._schema.is_mutable for target in targets)
+    for one, other in zip(graph(*given), function(*given), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, w: (x.mul_(2.0) @ w,), lambda x, w: ((made := x @ w), made.view(-1).add_(1.0))],
+    ids=["an input", "memory of another"],
+)
+def test_what_is_written_into_the_tensors_of_others_is_recorded_as_it_is(function) -> None:
+    """Made anew, the other would not see it: such a function is left to be refused."""
+    graph = record(function, (torch.ones(2, 4), WEIGHT))
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert any(target._schema.is_mutable for target in targets)

@@ -9,9 +9,10 @@ import torch
 from ruamel.yaml import YAML
 
 from scm.training.targets import STATUS_CODES
+from trainables.packed_trial import Member, PackRun
 from trainables.tasks.protocol import TaskError
 from trainables.tasks.registry import make_task
-from trainables.trial import run_trial
+from trainables.trial import make_splits, run_trial
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -24,6 +25,21 @@ def test_example_trains_from_the_folder_of_its_plan() -> None:
     assert outcome["status"] == "completed"
     assert 0 <= outcome["metric.right_side"] <= 1
     assert outcome["test_charged_error"] < 3.0
+
+
+def test_example_trains_in_packs_as_it_does_alone() -> None:
+    """A head that `normalize` puts on the unit circle, as users write it, is no reason to train alone."""
+    task = make_task("own_task:LensTask", {"rows": 120}, EXAMPLES)
+    splits = make_splits(task, 0)
+    base = {"max_epochs": 3, "hidden_width": 8, "dtype": "float64"}
+    configs = {"a": base, "b": {**base, "learning_rate": 0.01}}
+    run = PackRun([Member(name, config, 0) for name, config in configs.items()], lambda seed: (task, splits))
+    outcomes = {}
+    while not run.done:
+        outcomes |= {told.trial_id: told.outcome for told in run.step() if told.outcome is not None}
+    for name, config in configs.items():
+        assert outcomes[name]["pack_note"] == ""
+        assert outcomes[name]["val_loss"] == pytest.approx(run_trial(task, config, 0)["val_loss"], rel=1e-9)
 
 
 def test_example_draws_new_data_for_each_seed_and_the_same_for_the_same() -> None:
