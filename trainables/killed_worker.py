@@ -31,7 +31,6 @@ from trainables.packed_trial import Load, Member, PackRun, Shelf
 
 State = LaneState | AloneState
 _IN_EPOCH = "in the middle of epoch"
-_FIRST_LOOK_S = 5e-4  # after the epoch begins; looked again as long as no step is done
 
 
 class WorkerError(RuntimeError):
@@ -201,30 +200,25 @@ def _train_epoch(
 
 
 def _wait_in_epoch(epoch: int) -> None:
-    """From now on: as soon as an epoch's training has taken a step, say so and wait for the end."""
+    """From now on: when half the micro-batches of an epoch are trained, say so and wait for the end."""
+    of_pack, alone = PackedTrainer._micro_batch.__code__, SCMTrainer._accumulate.__code__
+    done = 0
 
-    def look(signum: int, frame: FrameType | None) -> None:
-        if _is_amid(frame):
+    def look(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal done
+        if event != "return" or frame.f_code not in (of_pack, alone):
+            return
+        done += 1
+        held = frame.f_locals
+        together = frame.f_code is of_pack
+        of_epoch = held["seats"].shared.micro_batches if together else len(held["self"].train_loader)
+        if done >= max(1, of_epoch // 2):
             print(f"{_IN_EPOCH} {epoch + 1}", flush=True)
             while True:
                 signal.pause()
-        signal.setitimer(signal.ITIMER_REAL, _FIRST_LOOK_S)
 
-    signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, _FIRST_LOOK_S)
-
-
-def _is_amid(frame: FrameType | None) -> bool:
-    """Whether a training epoch is under way, and has done a step where it has more than one."""
-    while frame is not None:
-        if frame.f_code is PackedTrainer._train_epoch.__code__:
-            done, left = frame.f_locals.get("steps", 0), frame.f_locals["seats"].shared.micro_batches
-            return done > 0 or left < 2
-        if frame.f_code is SCMTrainer._train_epoch.__code__:
-            trainer = frame.f_locals["self"]
-            return trainer._position > 0 or len(trainer.train_loader) < 2
-        frame = frame.f_back
-    return False
+    # Called at every return of a function: a clock might miss an epoch that takes a millisecond.
+    sys.setprofile(look)
 
 
 if __name__ == "__main__":
