@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scm.autodiff.policies import GradientPolicy
+from scm.autodiff.policies import GradientPolicy, gradient_policy
 from scm.losses.coverage import coverage, rejection_loss, soft_coverage_loss
 from scm.losses.implicit import LARGEST, implicit_loss
 from scm.losses.margin import margin_loss
 from scm.losses.projective import projective_fit_loss
+from scm.losses.quotient import quotient_loss
 from scm.losses.separation import scm_separation_losses
 from scm.losses.sign import sign_consistency_loss
 from scm.losses.training import LossConfig, SCMTrainingLoss
@@ -677,6 +678,74 @@ def test_shapes_broadcast():
         torch.testing.assert_close(q, wide_q.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("member", range(4), ids=["P", "Q", "Y_n", "Y_d"])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [projective_fit_loss, implicit_loss, quotient_loss, sign_consistency_loss],
+    ids=lambda loss_fn: loss_fn.__name__,
+)
+def test_masks_and_weights_are_of_the_rows_whichever_member_has_them(loss_fn, member):
+    """Three members may be one number for all rows: what counts is the shape that all four make."""
+    members = [_tensor([0.5]), _tensor([2.0]), _tensor([1.0]), _tensor([1.5])]
+    members[member] = _tensor([0.3, -1.2, 0.8, 2.5])
+    keyword = "mask_singular" if loss_fn is sign_consistency_loss else "mask"
+    rows = {keyword: _mask([True, False, True, True]), "row_weights": _tensor([1.0, 5.0, 0.0, 2.0])}
+    wide = [one.expand(4).clone() for one in members]
+    assert loss_fn(*members, **rows).item() == pytest.approx(loss_fn(*wide, **rows).item(), rel=1e-13)
+
+
+FAR = 1e200
+
+
+@pytest.mark.parametrize("member", range(4), ids=["P", "Q", "Y_n", "Y_d"])
+@pytest.mark.parametrize(
+    ("loss_fn", "expected"),
+    [
+        (projective_fit_loss, 1 / 2),  # the sine of 45 degrees, squared
+        (implicit_loss, 1.0),
+        (sign_consistency_loss, 1 - math.sqrt(1 / 2)),
+    ],
+    ids=["projective", "implicit", "sign"],
+)
+def test_one_double_member_is_enough_to_need_safe_units(loss_fn, expected, member):
+    """A square of 1e200 is no double: with the others in single precision the loss is right all the same."""
+    members = [torch.ones(1) for _ in range(4)]
+    members[member] = _tensor([FAR])  # one tuple lies along an axis, the other along the diagonal
+    P, Q = (one.requires_grad_() for one in members[:2])
+    keywords = {"mask_singular": _mask([True])} if loss_fn is sign_consistency_loss else {}
+    loss = loss_fn(P, Q, *members[2:], **keywords)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (P, Q)))
+
+
+@pytest.mark.parametrize("loss_fn", [projective_fit_loss, sign_consistency_loss], ids=["projective", "sign"])
+@pytest.mark.parametrize("size", [1.0, 1e-18, 1e-24, 1e-30], ids=str)
+def test_small_tuples_in_single_precision_have_their_exact_gradient(loss_fn, size):
+    """It grows like one over the size; a floor acts only where that leaves the range of the dtype."""
+    keywords = {"gamma": 0.0, "mask_singular": _mask([True])} if loss_fn is sign_consistency_loss else {}
+    target = _tensor([1.0]), _tensor([0.5])
+
+    def gradients(p, q, *lifted):
+        loss = loss_fn(p, q, *lifted, **keywords)
+        return torch.autograd.grad(loss, (p, q))
+
+    narrow = [torch.tensor([x * size], requires_grad=True) for x in (0.6, 0.8)]
+    unit = [_tensor([x], requires_grad=True) for x in (0.6, 0.8)]
+    found = gradients(*narrow, *(t.float() for t in target))
+    for got, expected in zip(found, gradients(*unit, *target), strict=True):
+        assert got.item() * size == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_default_thresholds_are_the_documented_ones():
+    """margin asks for |Q| >= 1e-4, and the sign term takes |Y_d| <= 1e-3 for singular."""
+    Q = _tensor([2e-5, 5e-5, 2e-4])
+    expected = ((1e-4 - 2e-5) ** 2 + (1e-4 - 5e-5) ** 2) / 3
+    assert margin_loss(Q).item() == pytest.approx(expected, rel=1e-12)
+    Y_d = _tensor([1e-3, 1.1e-3])
+    P, Q, Y_n = _tensor([-1.0, -1.0]), _tensor([0.0, 0.0]), _tensor([1.0, 1.0])
+    assert sign_consistency_loss(P, Q, Y_n, Y_d).item() == pytest.approx((2.0 + 0.0) / 2, rel=1e-5)
+
+
 # --- the objective --------------------------------------------------------------------------------
 
 
@@ -750,6 +819,117 @@ def test_a_weight_of_zero_leaves_the_term_out():
         "rejection": 0,
         "total": 1,
     }
+
+
+@pytest.mark.parametrize("coverage_term", ["hard", "soft", "ranked"])
+def test_the_hard_coverage_is_measured_only_where_it_is_the_term(coverage_term):
+    """The answers that are bottom are for the hard term: no other one is replaced or added to by it."""
+    P, Q, targets = _batch()
+    config = LossConfig(coverage_term=coverage_term, tau_train=0.5, coverage_temperature=0.1, lambda_rej=3.0)
+    bottom = torch.ones_like(Q, dtype=torch.bool)
+    total, parts = _objective(P, Q, targets, config, is_bottom=bottom)
+    without, known = _objective(P, Q, targets, config)
+    if coverage_term == "hard":
+        assert parts["rejection"].item() == pytest.approx(0.95**2, rel=1e-6)
+        assert known["rejection"].item() == 0
+        assert total.item() == pytest.approx(without.item() + 3 * 0.95**2, rel=1e-6)
+    else:
+        assert parts["rejection"].item() == known["rejection"].item() > 0
+        assert total.item() == without.item()
+
+
+def test_a_hard_coverage_without_weight_is_not_measured():
+    """It reads 0 and adds nothing, as every term whose weight is 0."""
+    P, Q, targets = _batch()
+    bottom = torch.ones_like(Q, dtype=torch.bool)
+    total, parts = _objective(P, Q, targets, is_bottom=bottom, weights={"rejection": 0.0})
+    assert parts["rejection"].item() == 0
+    assert total.item() == _objective(P, Q, targets)[0].item()
+
+
+@pytest.mark.parametrize("weighted", ["push_down", "push_up"])
+def test_of_the_separation_only_what_has_a_weight_is_computed(weighted):
+    """A group without weight is not in the breakdown, whatever its rows hold."""
+    P, Q, targets = _batch()
+    _, parts = _objective(P, Q, targets, weights={weighted: 1.0})
+    assert {"push_down", "push_up"} & set(parts) == {weighted}
+
+
+GATED = {"margin": 1.0, "sign": 1.0, "push_down": 1.0, "push_up": 1.0}
+
+
+@pytest.mark.parametrize("term", [*GATED, "rejection"])
+def test_each_term_alone_is_gated_or_free(term):
+    """Under REJECT the gradients of all terms but the coverage are 0, also of a term that is alone."""
+    P, Q = (_tensor([0.3, -0.2, 0.4], requires_grad=True) for _ in "PQ")
+    Y_n, Y_d = _tensor([-1.0, 1.0, 0.5]), _tensor([0.0, 0.0, 1.0])
+    config = LossConfig(coverage_term="soft", tau_train=0.5, coverage_temperature=0.1, tau_finite=0.5)
+    only = {"fit": 0.0, "margin": 0.0, "sign": 0.0, "rejection": 0.0, term: 1.0}
+
+    def pull(policy):
+        with gradient_policy(policy):
+            total, _ = SCMTrainingLoss(config)(_tensor(0.0), P, Q, Y_n, Y_d, weights=only)
+            gradients = torch.autograd.grad(total, (P, Q), materialize_grads=True)
+        return sum(g.abs().sum().item() for g in gradients)
+
+    assert pull(GradientPolicy.PASSTHROUGH) > 0
+    assert (pull(GradientPolicy.REJECT) > 0) == (term == "rejection")
+
+
+def test_terms_are_gated_at_their_own_threshold():
+    """A bottom of the margin is |Q| below tau_train, not below the threshold of the context."""
+    Q = _tensor([0.3, 0.6], requires_grad=True)
+    P, Y_n, Y_d = _tensor([1.0, 1.0], requires_grad=True), _tensor([-1.0, -1.0]), _tensor([0.0, 0.0])
+    objective = SCMTrainingLoss(LossConfig(tau_train=0.5))
+    only_sign = {"fit": 0.0, "margin": 0.0, "rejection": 0.0, "sign": 1.0}
+    with gradient_policy(GradientPolicy.PROJECT, tau=1e-6):
+        margin = torch.autograd.grad(margin_loss(Q, 0.5), Q)[0]
+        whole = objective(_tensor(0.0), P, Q, Y_n, Y_d, weights=only_sign)[0]
+        in_parts = objective.terms(_tensor(0.0), P, Q, Y_n, Y_d, weights=only_sign).total()
+        for total in (whole, in_parts):
+            by_p, by_q = torch.autograd.grad(total, (P, Q))
+            assert (by_p[0], by_q[0]) == (0, 0)
+            assert by_p[1] != 0
+    assert margin.tolist() == [0, 0]
+    assert torch.autograd.grad(margin_loss(Q, 0.5), Q)[0][0] != 0  # outside of any context
+
+
+@pytest.mark.parametrize("how", ["integers", "one a row"])
+def test_masks_of_the_objective_expand_to_its_rows(how):
+    """Masks may be integers, and one entry may stand for all outputs of a row."""
+    P, Q = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=F64).unbind(0)
+    Y_n, Y_d = torch.ones(3, 2, dtype=F64), torch.tensor([[0.0], [1.0], [0.0]], dtype=F64).expand(3, 2)
+    given = _mask([[1], [0], [1]]) if how == "integers" else _mask([[True], [False], [True]])
+    exact = given.bool().expand(3, 2)
+    config = LossConfig(lambda_push_down=1.0, lambda_push_up=1.0, tau_finite=0.5, lambda_sign=1.0)
+
+    def total(mask):
+        masks = {"mask_finite": ~mask.bool(), "mask_singular": mask, "mask_censored": mask}
+        return SCMTrainingLoss(config)(_tensor(0.0), P, Q, Y_n, Y_d, **masks)[0].item()
+
+    assert total(given) == pytest.approx(total(exact), rel=1e-14)
+
+
+def test_the_parts_of_the_objective_follow_what_the_call_overrides():
+    """Weights, target coverage and row weights act on the parts as they do on the total."""
+    P, Q, targets = _batch()
+    bottom = torch.arange(len(Q)) % 2 == 0
+    overrides = {
+        "is_bottom": bottom,
+        "weights": {"fit": 2.0, "margin": 5.0, "sign": 0.5, "rejection": 7.0},
+        "target_coverage": 0.8,
+        "row_weights": torch.linspace(0.1, 3.0, len(Q), dtype=F64),
+    }
+    fit = projective_fit_loss(P, Q, targets.Y_n, targets.Y_d)
+    objective, lifted = SCMTrainingLoss(LossConfig(tau_train=0.5)), (P, Q, targets.Y_n, targets.Y_d)
+    total, breakdown = objective(fit, *lifted, **overrides)
+    parts = objective.terms(fit, *lifted, **overrides)
+    assert parts.task.item() == pytest.approx(2.0 * fit.item(), rel=1e-14)
+    for term, value in parts.auxiliaries.items():
+        assert value.item() == pytest.approx(overrides["weights"][term] * breakdown[term].item(), rel=1e-6)
+    covered = (overrides["row_weights"] * ~bottom).sum() / overrides["row_weights"].sum()
+    assert breakdown["rejection"].item() == pytest.approx((0.8 - covered.item()) ** 2, rel=1e-5)
+    assert parts.total().item() == pytest.approx(total.item(), rel=1e-6)
 
 
 def test_push_up_alone_needs_no_masks():
@@ -863,6 +1043,13 @@ TWO = torch.ones(2)
         (
             lambda: scm_separation_losses(ONE, mask_censored=ONE > 0, tau_bot=0.2, tau_finite=0.1),
             "tau_finite must be >= tau_bot",
+        ),
+        *(
+            (lambda name=name: LossConfig(**{name: -1.0}), f"{name} must be")
+            for name in (
+                *("gamma", "tau_train", "epsilon_sing", "lambda_margin", "lambda_sign", "lambda_rej"),
+                *("coverage_temperature", "lambda_push_down", "lambda_push_up", "target_coverage"),
+            )
         ),
         (lambda: LossConfig(coverage_term="both"), "coverage_term must be one of"),
         (lambda: LossConfig(coverage_temperature=0.0), "coverage_temperature must be > 0"),

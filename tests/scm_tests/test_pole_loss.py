@@ -95,6 +95,38 @@ def test_confident_mistakes_keep_their_gradient_in_the_default_form():
     assert abs(score.grad.item()) < 1e-15
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, F64], ids=str)
+def test_targets_are_of_the_dtype_of_the_scores(dtype):
+    """Whatever the sources are kept in, a target and its weight are numbers like the scores."""
+    score = torch.zeros(3, dtype=dtype)
+    sources = {
+        "tags": torch.tensor([TRTag.REAL, TRTag.PINF, TRTag.PHI], dtype=torch.int8),
+        "q_abs": torch.tensor([0.05, 0.5, 0.09], dtype=F64),
+        "teacher": torch.tensor([0.25, 0.5, 1.0], dtype=F64),
+    }
+    for name, source in sources.items():
+        targets = pole_targets(score, **{name: source})
+        assert (targets.target.dtype, targets.weight.dtype) == (dtype, dtype), name
+
+
+def test_near_a_pole_is_below_a_tenth_unless_said_otherwise():
+    """The default threshold, which itself is not near."""
+    score = torch.zeros(4, dtype=F64)
+    q_abs = tensor([0.0, math.nextafter(0.1, 0.0), 0.1, 0.9])
+    assert pole_targets(score, q_abs=q_abs).target.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_has_no_gradient(form, bad):
+    """Nor is it counted: the other rows learn as without it."""
+    alone = tensor([0.3]).requires_grad_()
+    pole_loss(alone, PoleTargets(tensor([0.9]), tensor([0.5])), form=form).backward()
+    score = tensor([0.3, bad]).requires_grad_()
+    pole_loss(score, PoleTargets(tensor([0.9, 1.0]), tensor([0.5, 0.5])), form=form).backward()
+    assert score.grad.tolist() == [alone.grad.item(), 0.0]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_that_do_not_count_leave_the_others_alone(form):
     """A NaN logit, a row nothing is known of and a row of weight 0 change neither loss nor gradient."""
@@ -185,6 +217,22 @@ def test_counts_are_those_of_the_rows_known_and_add_up(rows):
         assert found["recall"] == pytest.approx(tp / (tp + fn) if tp + fn else 0.0)
         assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0)
         assert found["pole_rate"] == pytest.approx((tp + fn) / len(known) if known else 0.0)
+
+
+def test_counts_are_whole_numbers_and_bounds_belong_to_the_pole():
+    """A score of exactly the threshold says "pole", and so does a target of exactly one half."""
+    assert PoleCounts.none().table.tolist() == [0, 0, 0, 0]
+    assert PoleCounts.none().table.dtype == torch.int64
+    targets = PoleTargets(tensor([0.5, 0.5, 0.49]), tensor([1.0, 1.0, 1.0]))
+    counts = PoleCounts.of(tensor([0.0, -1e-12, 0.0]), targets)
+    assert counts.table.tolist() == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.5, math.nan])
+def test_a_threshold_of_scores_lies_between_zero_and_one(threshold):
+    """At the ends every score would be on one side."""
+    with pytest.raises(ValueError, match=r"threshold must be in \(0, 1\), got threshold="):
+        PoleCounts.of(tensor([0.0]), PoleTargets(tensor([1.0]), tensor([1.0])), threshold=threshold)
 
 
 # --- the companion --------------------------------------------------------------------------------

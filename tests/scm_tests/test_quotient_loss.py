@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from scm.autodiff.policies import GradientPolicy, gradient_policy
 from scm.core import TRTag, tags_of_tuples
 from scm.data import Split
 from scm.losses.quotient import BASES, LARGEST, quotient_loss
@@ -80,6 +81,96 @@ def test_a_number_costs_the_base_loss_of_its_residual(base, cost):
     """mse is half the square, mae the absolute value, huber linear beyond its bound: not another mse."""
     loss = quotient_loss(tensor(6.0), tensor(-2.0), tensor(1.0), tensor(2.0), base=base, huber_delta=0.5)
     assert loss.item() == pytest.approx(cost(-3.5))
+
+
+@pytest.mark.parametrize("residual", [-3.5, -0.2, 0.2, 3.5])
+def test_huber_is_symmetric_and_linear_beyond_its_bound(residual):
+    """Below the target as above it: the slope is the residual, and at most the bound, 1 by default."""
+    for keywords, delta in (({}, 1.0), ({"huber_delta": 0.5}, 0.5)):
+        loss, by_p, by_q = loss_and_gradients(
+            tensor(2.0 + residual), tensor(1.0), tensor(2.0), tensor(1.0), base="huber", **keywords
+        )
+        slope = max(-delta, min(delta, residual))
+        assert loss.item() == pytest.approx(abs(slope) * (abs(residual) - abs(slope) / 2))
+        assert by_p.item() == pytest.approx(slope)
+        assert by_q.item() == pytest.approx(-slope * (2.0 + residual))
+
+
+def test_an_answer_at_the_threshold_has_a_value():
+    """As in strict decoding: |Q| equal to tau is accepted, the next number below it is not."""
+    below = math.nextafter(0.1, 0.0)
+    P, Q = tensor(1.0, 1.0, 1.0, 1.0), tensor(0.1, -0.1, below, -below)
+    Y_n, Y_d = torch.zeros_like(P), torch.ones_like(P)
+    _, by_p, _ = loss_and_gradients(P, Q, Y_n, Y_d, tau=0.1)
+    assert (by_p != 0).tolist() == [True, True, False, False]
+
+
+def test_a_quotient_beyond_the_largest_number_is_no_value():
+    """P and Q may be finite where their quotient is not; then the answer is a bottom, and trains nothing."""
+    P, Q = (torch.tensor([x], requires_grad=True) for x in (1e30, 1e-30))
+    loss = quotient_loss(P, Q, torch.zeros(1), torch.ones(1), lambda_rej=0.25)
+    assert loss.item() == 0.25
+    assert [g.item() for g in torch.autograd.grad(loss, (P, Q))] == [0.0, 0.0]
+
+
+def test_the_given_mask_says_which_targets_are_numbers():
+    """Whatever the tuple looks like: a row that the mask leaves out is pulled to where no value is."""
+    rows = tensor(2.0, 2.0), tensor(0.5, 0.5), tensor(0.0, 0.0), tensor(1.0, 1.0)
+    mask = torch.tensor([True, False])
+    loss, _, by_q = loss_and_gradients(*rows, mask_finite=mask, orientation=torch.tensor([0, 0]))
+    assert loss.item() == pytest.approx((4.0**2 / 2 + 0.5) / 2)
+    assert by_q[1].item() == pytest.approx(1 / 2)
+
+
+def test_a_bottom_of_the_gate_is_one_of_the_loss():
+    """A policy that stops gradients at bottoms stops those below tau; without a tau, below 1e-4."""
+    P, Q = tensor(1.0, 1.0, 1.0), tensor(0.3, 1e-3, 1e-5)
+    Y_n, Y_d = tensor(1.0, 1.0, 1.0), tensor(0.0, 0.0, 0.0)
+    for tau, passes in ((None, [True, True, False]), (0.1, [True, False, False])):
+        with gradient_policy(GradientPolicy.PROJECT, tau=1e-12):
+            _, _, by_q = loss_and_gradients(P, Q, Y_n, Y_d, tau=tau)
+        assert (by_q != 0).tolist() == passes
+
+
+@pytest.mark.parametrize("q", [1e-310, -1e-310, 5e-324])
+@pytest.mark.parametrize("target", [1.0, -1.0])
+def test_a_numerator_of_zero_over_next_to_nothing_has_finite_gradients(q, target):
+    """The quotient is 0 and its slope beyond every number: the slope in Q is their product, 0."""
+    loss, by_p, by_q = loss_and_gradients(tensor(0.0), tensor(q), tensor(target), tensor(1.0))
+    assert loss.item() == pytest.approx(0.5)
+    assert by_p.isfinite().item()
+    assert by_p.item() * target * q <= 0
+    assert by_q.item() == 0
+
+
+@pytest.mark.parametrize("p", [BIG, -BIG])
+@pytest.mark.parametrize("bound", [1e-12, torch.tensor(1e-12)], ids=["number", "tensor"])
+def test_saturated_gradients_count_a_residual_up_to_its_largest(p, bound):
+    """Their slope is at most the largest residual, on both sides of the target."""
+    keywords = {"hybrid_delta": 0.1, "hybrid_bound": bound, "tau": 0.0}
+    for q in (1e-12, -1e-12):
+        _, by_p, _ = loss_and_gradients(tensor(p), tensor(q), tensor(0.0), tensor(1.0), **keywords)
+        expected = math.copysign(LARGEST, p) / math.hypot(1e-12, 1e-12)
+        assert by_p.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_default_bound_of_saturated_gradients_is_one():
+    """h is sqrt(Q^2 + 1)."""
+    p, q, t = 2.0, 0.05, 0.3
+    _, by_p, by_q = loss_and_gradients(tensor(p), tensor(q), tensor(t), tensor(1.0), hybrid_delta=0.1)
+    h = math.sqrt(q * q + 1)
+    residual = (p - q * t) / h
+    assert by_p.item() == pytest.approx(residual / h)
+    assert by_q.item() == pytest.approx(-residual * p / (h * h))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
+def test_the_loss_is_of_single_precision_at_least(dtype):
+    """Its own arithmetic is in double precision, and does not show in the dtype of the loss."""
+    P, Q = (torch.ones(2, dtype=dtype, requires_grad=True) for _ in "PQ")
+    loss = quotient_loss(P, Q, torch.zeros(2, dtype=dtype), torch.ones(2, dtype=dtype))
+    assert loss.dtype == (F64 if dtype == F64 else torch.float32)
+    assert [g.dtype for g in torch.autograd.grad(loss, (P, Q))] == [dtype, dtype]
 
 
 def test_an_answer_without_value_costs_the_rejection_and_trains_nothing():
@@ -304,6 +395,7 @@ def test_a_residual_counts_up_to_its_largest():
         ({"tau": math.nan}, "tau must be finite and >= 0, got tau=nan"),
         ({"huber_delta": 0.0}, "huber_delta must be finite and > 0, got huber_delta=0.0"),
         ({"hybrid_delta": -0.1}, "hybrid_delta must be finite and >= 0, got hybrid_delta=-0.1"),
+        ({"huber_delta": math.inf}, "huber_delta must be finite and > 0, got huber_delta=inf"),
         ({"hybrid_bound": 0.0}, "hybrid_bound must be finite and > 0, got hybrid_bound=0.0"),
         ({"mask": torch.ones(3)}, "mask must expand to shape"),
         ({"tags": torch.zeros(3)}, "tags must expand to shape"),
