@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from scm.core.tags import TRTag
 from scm.data import Split
+from scm.losses.coverage import ranked_coverage_loss
+from scm.losses.quotient import quotient_loss
 from scm.losses.training import LossConfig, SCMTrainingLoss
 from scm.models import make_model
 from scm.training.adaptive_loss import (
     AdaptiveLambda,
+    AdaptiveLoss,
     AdaptiveLossConfig,
     CoverageController,
     create_adaptive_loss,
@@ -410,6 +413,41 @@ def test_every_setting_of_the_controller_is_checked() -> None:
             AdaptiveLossConfig(**{item.name: object()})
 
 
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_a_coverage_that_a_device_measured_is_taken_as_a_number(rule: str) -> None:
+    """One of a tensor moves the multiplier by as much, and one that is not finite is ignored."""
+    plain, kept = controller(rule), controller(rule)
+    for coverage, number in ((0.25, 8.0), (math.nan, 4.0), (0.75, 2.0), (1.0, 4.0)):
+        plain.observe(coverage, number)
+        kept.observe(torch.tensor(coverage), torch.tensor(number, dtype=torch.float64))
+    assert isinstance(kept.lambda_rej, Tensor)
+    assert kept.lambda_rej.dtype == torch.float64
+    assert float(kept.lambda_rej) == pytest.approx(plain.lambda_rej, rel=1e-12)
+    for name in ("lambda_history", "coverage_history", "update_history"):
+        found = dict(getattr(kept, name))  # of a batch that was ignored it may say that nothing changed
+        assert {step: found[step] for step, _ in getattr(plain, name)} == pytest.approx(
+            dict(getattr(plain, name)), rel=1e-12
+        )
+
+
+def test_a_rate_of_zero_is_a_rate() -> None:
+    """What may be None by default is not taken for unset where it is 0."""
+    settings = AdaptiveLossConfig(rate_up=0.0, rate_down=0.0, dead_band=0.0, cumulative_steps=0).settings()
+    assert (settings.rate_up, settings.rate_down, settings.dead_band, settings.cumulative_steps) == (0,) * 4
+    still = controller("reference", rate_up=0.0)
+    still.update(answers(0, 10))
+    assert still.lambda_rej == 1.0
+    assert AdaptiveLossConfig(exponential_decay=1.0).settings().decay == 1.0
+
+
+def test_the_unbiased_step_is_scaled_by_its_one_rate() -> None:
+    """Both factors, which must be equal, multiply the change."""
+    scaled = controller("unbiased", rate_up=4.0, rate_down=4.0, target_coverage=1.0)
+    scaled.update(answers(0, 10))
+    assert scaled.lambda_rej == pytest.approx(1.0 + 4.0 * 0.1)
+    assert scaled.state_dict()["state"]["updates"] == 1.0
+
+
 def test_a_measured_coverage_must_be_a_share() -> None:
     """Outside of [0, 1] it is an error, at the call."""
     with pytest.raises(ValueError, match="coverage must be in"):
@@ -487,6 +525,17 @@ def test_row_weights_weigh_the_coverage_that_is_told() -> None:
     assert companion.telemetry()["control_coverage"] == 0.25
     companion.after_backward(moment(torch.ones(3), Q, row_weights=torch.zeros(3)))
     assert companion.adaptive.coverage_history[-1] == (2, 0.25)
+
+
+def test_weights_of_rows_that_are_not_trained_do_not_count() -> None:
+    """Missing and fault rows are left out of the weighted coverage as of the plain one."""
+    Q = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    codes = torch.tensor([0, 1, STATUS_CODES["missing"], STATUS_CODES["fault"]])
+    companion = CoverageController(controller())
+    weights = torch.tensor([3.0, 1.0, 5.0, 7.0])
+    companion.after_backward(moment(torch.ones(4), Q, codes=codes, row_weights=weights))
+    assert companion.adaptive.coverage_history == [(1, 0.75)]
+    assert companion.telemetry()["control_coverage"] == 0.75
 
 
 def test_a_model_of_plain_values_cannot_be_controlled() -> None:
@@ -662,6 +711,83 @@ def test_the_adaptive_loss_is_in_the_checkpoint(tmp_path: Any) -> None:
     again, fresh = adaptive_training("mse")
     again.load_checkpoint(tmp_path / "end.pt")
     assert fresh.adaptive.state_dict() == loss.adaptive.state_dict()
+
+
+def test_the_adaptive_loss_is_its_two_terms() -> None:
+    """The quotient loss at the multiplier, and the multiplier times the ranked coverage; weights in both."""
+    drawn = torch.Generator().manual_seed(5)
+    P, Q, y = torch.randn(3, 12, generator=drawn, dtype=torch.float64).unbind(0)
+    targets = lift_semantic_targets(y, torch.arange(12) % 7)
+    weights = torch.rand(12, generator=drawn, dtype=torch.float64)
+    loss = create_adaptive_loss(0.8, initial_lambda=2.5, base_loss="huber", warmup_steps=100)
+    rows = {"mask": targets.mask_trained, "row_weights": weights}
+    fit = quotient_loss(
+        *(P, Q, targets.Y_n, targets.Y_d),
+        tau=0.4,
+        mask_finite=targets.mask_finite,
+        orientation=targets.orientation_label,
+        base="huber",
+        lambda_rej=2.5,
+        **rows,
+    )
+    covered = ranked_coverage_loss(Q, 0.4, loss.margin, 0.8, **rows)
+    lifted = (targets.Y_n, targets.Y_d)
+    found = loss((P, Q, y), lifted, tau=0.4, semantic_targets=targets, row_weights=weights)
+    assert found.item() == pytest.approx((fit + 2.5 * covered).item(), rel=1e-14)
+
+
+def test_the_adaptive_loss_tells_its_controller_what_strict_decoding_accepts() -> None:
+    """Where P, Q or the quotient is not finite, or |Q| below tau, an answer is bottom."""
+    inf, nan = math.inf, math.nan
+    P = torch.tensor([1.0, 1.0, nan, inf, 3e38, 1.0, 1.0])
+    Q = torch.tensor([0.5, 0.4, 1.0, 1.0, 0.6, nan, inf])
+    loss = create_adaptive_loss(warmup_steps=0, update_frequency=1)
+    loss((P, Q), (torch.ones(7), torch.ones(7)), tau=0.5)
+    assert loss.adaptive.tracker.cumulative == CoverageMetrics(n_real=1, n_bottom=6)
+
+
+def test_a_multiplier_of_a_device_keeps_the_dtype_of_the_loss() -> None:
+    """It is float64 and a tensor there; the loss stays what its outputs are."""
+    loss = create_adaptive_loss(warmup_steps=0, update_frequency=1)
+    loss.adaptive.observe(torch.tensor(0.5), torch.tensor(4.0, dtype=torch.float64))
+    Q = torch.tensor([0.3, 0.1], requires_grad=True)
+    found = loss((torch.ones(2), Q), (torch.ones(2), torch.ones(2)), tau=0.2)
+    assert found.dtype == torch.float32
+
+
+def test_the_factory_hands_on_what_it_is_told() -> None:
+    """Every argument is a setting of the same name, and the defaults are the documented ones."""
+    told: dict[str, Any] = {
+        "target_coverage": 0.7,
+        "learning_rate": 0.3,
+        "initial_lambda": 1.5,
+        "momentum": 0.4,
+        "warmup_steps": 7,
+        "update_frequency": 3,
+        "exponential_decay": 0.99,
+        "lambda_min": 0.2,
+        "lambda_max": 9.0,
+        "lambda_rej_min": 0.3,
+        "use_tag_loss": True,
+        "tag_loss_weight": 0.07,
+        "tag_loss_adaptive": False,
+        "rule": "unbiased",
+    }
+    config = create_adaptive_loss(**told).adaptive.config
+    assert {name: getattr(config, name) for name in told} == told
+    assert config.tag_loss_max_weight == pytest.approx(0.28)
+    usual = create_adaptive_loss().adaptive.config
+    named = ("target_coverage", "learning_rate", "initial_lambda", "momentum", "warmup_steps")
+    assert [getattr(usual, name) for name in named] == [0.95, 0.01, 1.0, 0.9, 100]
+    assert (usual.update_frequency, usual.lambda_min, usual.lambda_max) == (10, 0.1, None)
+    assert create_adaptive_loss(base_loss="mae").base_loss == "mae"
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, math.inf, math.nan])
+def test_the_margin_above_the_threshold_is_a_positive_number(margin: float) -> None:
+    """Without an end nothing would be covered, and at 0 the coverage term divides by nothing at tau 0."""
+    with pytest.raises(ValueError, match="margin must be finite and > 0, got margin="):
+        AdaptiveLoss(controller(), margin=margin)
 
 
 @pytest.mark.parametrize("arguments", [{"base_loss": "square"}, {"learning_rate": -1.0}])

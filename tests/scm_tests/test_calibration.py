@@ -170,6 +170,55 @@ def test_confidence_allows_what_the_binomial_limit_allows():
     assert limits[0] <= bound < limits[1]
 
 
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("bound", [0.03, 0.1, 0.5])
+@pytest.mark.parametrize("total", [30, 61, 250])
+@pytest.mark.parametrize("side", ["accept", "reject"])
+def test_as_many_errors_as_the_binomial_law_allows(side, total, bound, confidence):
+    """The largest k with P(X <= k) <= 1 - confidence, and no more than the bound itself; by SciPy's law."""
+    from scipy.stats import binom
+
+    by_chance = np.flatnonzero(binom.cdf(np.arange(total + 1), total, bound) <= 1 - confidence)
+    allowed = min(by_chance.max(initial=-1), math.floor(bound * total + 1e-9))
+    q = torch.linspace(0.1, 0.9, total, dtype=torch.float64)
+    flags = torch.full((total,), side == "reject")
+    ask = {"split": "val", f"max_false_{side}": bound, "confidence": confidence}
+    if allowed < 0:
+        with pytest.raises(
+            CalibrationError, match=f"{total} .* rows cannot show max_false_{side} <= {bound}"
+        ):
+            calibrate(q, flags, **ask)
+    else:
+        assert calibrate(q, flags, **ask).counts[f"false_{side}s"] == allowed
+
+
+def test_confidence_tightens_the_second_bound_as_well():
+    """With both bounds the second is held to its exact limit too: 58 clean rows cannot show 5 %."""
+    q = torch.cat([torch.zeros(100), torch.ones(58)])
+    flags = torch.arange(158) >= 100
+    ask = {"split": "val", "max_false_accept": 0.05, "max_false_reject": 0.05}
+    assert calibrate(q, flags, **ask).counts["false_rejects"] == 0
+    with pytest.raises(CalibrationError, match="58 in-range rows cannot show max_false_reject <= 0.05"):
+        calibrate(q, flags, **ask, confidence=0.95)
+
+
+def test_the_curve_is_geometric_from_the_smallest_to_the_largest_denominator():
+    """41 thresholds with equal ratios, and the chosen one among them; a rate over no rows is None."""
+    q = torch.tensor([0.0, 0.01, 0.02, 0.3, 0.5, math.nan, math.inf], dtype=torch.float64)
+    flags = torch.tensor([False, False, False, True, True, True, False])
+    chosen = calibrate(q, flags, split="val", max_false_accept=0.25, gauge="raw")
+    taus = [tau for tau in chosen.curve["taus"] if tau != chosen.tau_infer]
+    grid = np.exp(np.linspace(np.log(0.01), np.log(0.5), 41))
+    assert np.abs(np.subtract.outer(taus, grid)).min(axis=1).max() < 1e-12
+    assert 40 <= len(taus) <= 41
+    assert (min(taus), max(taus)) == (pytest.approx(0.01), pytest.approx(0.5))
+    assert chosen.tau_infer in chosen.curve["taus"]
+    assert list(chosen.curve["taus"]) == sorted(chosen.curve["taus"])
+    nobody = calibrate(q[:3], flags[:3], split="val", max_false_accept=0.0)
+    assert None in nobody.curve["fn_in"]
+    assert None not in nobody.curve["fp_cens"]
+
+
 def test_the_bound_with_confidence_holds_in_the_population():
     """Over many splits the true rate exceeds the bound about as rarely as promised."""
     generator = torch.Generator().manual_seed(0)
@@ -251,6 +300,12 @@ def test_records_survive_json_pickle_and_copy(rows, bound, dtype):
         assert again == chosen
         assert hash(again) == hash(chosen)
         assert again.digest == chosen.digest
+
+
+def test_a_record_is_one_canonical_line():
+    """Sorted keys, no spaces, no literal that JSON does not have: the digest depends on nothing else."""
+    text = record().to_json()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def test_records_say_who_made_them_and_cannot_be_changed():
@@ -421,3 +476,15 @@ def test_a_calibrated_head_is_its_model_and_its_record():
     assert head(angles).bottom_mask.tolist() == [False, True]
     with pytest.warns(UncalibratedWarning):
         CalibratedHead(Circle(), None, gauge="unit")(angles)
+
+
+def test_a_calibrated_head_hands_its_arguments_on():
+    """By position and by name."""
+
+    class Scaled(nn.Module):
+        def forward(self, angles, factor, *, shift=0.0):
+            return unit_tuples(angles * factor + shift)
+
+    head = CalibratedHead(Scaled(), record(), gauge="unit")
+    result = head(torch.tensor([0.1]), 2.0, shift=0.5)
+    assert result.decoded.item() == pytest.approx(1 / math.tan(0.7))

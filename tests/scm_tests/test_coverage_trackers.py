@@ -261,6 +261,37 @@ def test_what_a_device_counted_is_read_when_asked_for() -> None:
         tracker.get_statistics()
 
 
+@pytest.mark.parametrize("window", [None, 1, 2])
+@pytest.mark.parametrize("read_between", [False, True])
+def test_counts_that_stayed_on_a_device_are_those_of_the_host(window: int | None, read_between: bool) -> None:
+    """Sums, windows and what falls out of them, whether somebody looked in between or not."""
+    batches = [[5, 1, 0, 2, 1], [0, 0, 3, 0, 0], [7, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    there, here = CoverageTracker(0.9, window), CoverageTracker(0.9, window)
+    for batch in batches:
+        there.update_counts(torch.tensor([*batch, 0]))  # as a device gives them: nobody has read them
+        here.update_counts((*batch, 0))
+        if read_between:
+            assert there.get_statistics() == here.get_statistics()
+    assert there.get_statistics() == here.get_statistics()
+    assert there.state_dict() == here.state_dict()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_device_counts_bottoms_as_the_host_does(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways of counting agree; here the host counts both ways, told that it is a device."""
+    bottom = torch.tensor([[True, False], [False, False], [True, True]])
+    mask = torch.tensor([[True], [False], [True]]) if masked else None
+    here = count_bottoms(bottom, mask)
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    there = count_bottoms(bottom.as_subclass(Elsewhere), mask)
+    assert isinstance(there, torch.Tensor)
+    assert tuple(there.tolist()) == here
+    assert here == ((1, 0, 0, 0, 3, 0) if masked else (3, 0, 0, 0, 3, 0))
+
+
 # --- what is refused ------------------------------------------------------------------------------------
 
 
@@ -426,6 +457,34 @@ def test_the_epoch_controller_counts_its_interventions() -> None:
     ids=["target", "near pole", "dead band", "rate", "order"],
 )
 def test_the_epoch_controller_s_settings_are_checked(arguments: dict[str, float]) -> None:
-    """Shares in [0, 1], all others finite and >= 0, bounds in order."""
-    with pytest.raises(ValueError, match="must be"):
+    """Shares in [0, 1], all others finite and >= 0, bounds in order; the first one that is not is named."""
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
         CoverageEnforcementPolicy(**arguments)
+
+
+@pytest.mark.parametrize("name", ["dead_band", "increase_rate", "decrease_rate", "min_lambda", "max_lambda"])
+def test_each_number_of_the_epoch_controller_is_checked_by_name(name: str) -> None:
+    """Zero is a number like any other; below it, and without end, none is."""
+    for value in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"{name} must be finite and >= 0, got {name}="):
+            CoverageEnforcementPolicy(**{name: value})
+    CoverageEnforcementPolicy(**{"min_lambda": 0.0, name: 0.0})
+
+
+def test_the_epoch_controller_keeps_to_its_formula() -> None:
+    """Defaults, the edges of the dead band and of an intervention, both bounds, and what poles lack."""
+    policy = CoverageEnforcementPolicy()
+    assert policy.enforce(0.9, 1.0).coverage_gap == 0
+    assert policy.enforce(1.0, 9.99).new_lambda == 10.0  # the cap
+    assert policy.enforce(0.0, 0.11).new_lambda == 0.1  # the floor
+    exact = CoverageEnforcementPolicy(0.75, 0.5, 0.25, 2.0, 0.5, 1.0, 1.0)
+    assert exact.enforce(0.5, 1.0).lambda_updated is False  # a gap of just the dead band
+    assert exact.enforce(0.25, 1.0).new_lambda == 1.0  # bounds that leave one value
+    near = CoverageEnforcementPolicy(0.75, 0.5, 0.0, 2.0, 0.5, 0.0, 10.0)
+    assert near.enforce(1.0, 1.0, 0.5).new_lambda == pytest.approx(1.05)
+    assert near.enforce(1.0, 1.0, 0.25).new_lambda == pytest.approx(1.05 + 0.025)
+    assert near.enforce(0.5, 1.0, 0.25).new_lambda == pytest.approx(1.0 - 0.0125 + 0.025)
+    assert near.enforce(0.75, 1.0, 0.25).new_lambda == 1.0
+    step = CoverageEnforcementPolicy(0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 10.0)
+    assert step.enforce(1.0, 1.0).intervention_triggered is False  # 0.2 of 1.0 is not more than a fifth
+    assert step.enforce(1.0, 0.5).intervention_triggered is True

@@ -181,6 +181,37 @@ def test_validity_factors_gate_like_denominators():
     assert arrays.bottom_mask.tolist() == [False, False, True, True]
 
 
+def test_a_validity_factor_at_its_threshold_is_accepted():
+    """As a denominator is: the next number below is a semantic bottom, and so is an exact zero."""
+    tau = 0.125
+    V = tensor([tau, -tau, math.nextafter(tau, 0.0), 0.0])
+    result = strict_inference(torch.ones(4), torch.ones(4), validity_factors=V, validity_taus=tau)
+    assert result.bottom_mask.tolist() == [False, False, True, True]
+
+
+def test_only_a_last_dimension_of_one_is_dropped_from_a_validity_factor():
+    """One factor a row, as a column; any other further dimension is an error."""
+    P = Q = torch.ones(2, 3)
+    column = torch.tensor([[[1.0], [0.0], [1.0]], [[1.0], [1.0], [0.0]]])
+    expected = [[False, True, False], [False, False, True]]
+    assert strict_inference(P, Q, validity_factors=column).bottom_mask.tolist() == expected
+    assert strict_inference(P, Q, validity_factors=column[..., 0]).bottom_mask.tolist() == expected
+    assert strict_inference(P, Q, validity_factors=torch.ones(2, 1)).bottom_mask.sum() == 0
+    with pytest.raises(ValueError, match="a validity factor must have the shape of Q"):
+        strict_inference(P, Q, validity_factors=torch.ones(2, 3, 2))
+
+
+def test_codes_and_thresholds_have_one_type():
+    """Codes are int64 and thresholds floats, whatever they were computed or given as."""
+    result = strict_inference(tensor([1.0, NAN]), tensor([0.0, 0.0]))
+    assert result.bottom_provenance.dtype == torch.int64
+    assert result.bottom_provenance.tolist() == [2, 3]
+    config = InferenceConfig(tau_infer=1, tau_train=2, numerical_hazard_threshold=0)
+    for name in ("tau_infer", "tau_train", "numerical_hazard_threshold", "provenance_fault_threshold"):
+        assert type(getattr(config, name)) is float, name
+    assert config.numerical_hazard_threshold == 0.0
+
+
 def test_numpy_arrays_of_any_layout_are_decoded():
     """Read-only, reversed, foreign-endian and integer arrays give arrays."""
     P = np.arange(4.0)[::-1]
@@ -368,6 +399,26 @@ def test_direction_logits_decide_at_semantic_bottoms_only():
     logits = tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     result = three_way([-1.0, 1.0, NAN, 1.0], [0.0, 0.0, 1.0, 1.0], direction_logits=logits)
     assert result.class_id.tolist() == [2, 0, 1, 1]
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.5])
+def test_the_pattern_decodes_with_the_threshold_it_is_given(tau):
+    """|Q| at it is in range, the next number below it is not; classes are int64 however they were found."""
+    P, Q = tensor([1.0, 1.0, -1.0]), tensor([tau, math.nextafter(tau, 0.0), math.nextafter(tau, 0.0)])
+    signal = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float32)
+    logits = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    for told in ({}, {"orientation_signal": signal}, {"direction_logits": logits}):
+        result = decode_strict_censored_3way(P, Q, tau, **told)
+        assert result.bottom_mask.tolist() == [False, True, True]
+        assert result.class_id.tolist() == [1, 2, 0]
+        assert result.class_id.dtype == torch.int64
+
+
+def test_direction_logits_are_of_every_answer():
+    """Their last dimension is the direction, however many the others are."""
+    logits = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
+    result = decode_strict_censored_3way(torch.ones(2, 3), torch.zeros(2, 3), 1e-6, direction_logits=logits)
+    assert result.class_id.tolist() == [[2, 0, 0], [0, 2, 2]]
 
 
 def test_masks_of_an_earlier_decoding_reach_every_part_of_the_result():

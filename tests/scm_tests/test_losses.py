@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scm.autodiff.policies import GradientPolicy, gradient_policy
-from scm.losses.coverage import coverage, rejection_loss, soft_coverage_loss
+from scm.losses.coverage import coverage, ranked_coverage_loss, rejection_loss, soft_coverage_loss
 from scm.losses.implicit import LARGEST, implicit_loss
 from scm.losses.margin import margin_loss
+from scm.losses.pole import pole_loss, pole_targets
 from scm.losses.projective import projective_fit_loss
 from scm.losses.quotient import quotient_loss
 from scm.losses.separation import scm_separation_losses
@@ -744,6 +745,30 @@ def test_default_thresholds_are_the_documented_ones():
     Y_d = _tensor([1e-3, 1.1e-3])
     P, Q, Y_n = _tensor([-1.0, -1.0]), _tensor([0.0, 0.0]), _tensor([1.0, 1.0])
     assert sign_consistency_loss(P, Q, Y_n, Y_d).item() == pytest.approx((2.0 + 0.0) / 2, rel=1e-5)
+
+
+META = {
+    "projective": lambda P, Q, Y: projective_fit_loss(P, Q, Y, Y),
+    "implicit": lambda P, Q, Y: implicit_loss(P, Q, Y, Y),
+    "quotient": lambda P, Q, Y: quotient_loss(P, Q, Y, Y, tau=0.1, hybrid_delta=0.1),
+    "sign": lambda P, Q, Y: sign_consistency_loss(P, Q, Y, Y),
+    "margin": lambda P, Q, Y: margin_loss(Q, 0.1, Y > 0),
+    "soft coverage": lambda P, Q, Y: soft_coverage_loss(Q, 0.1, 0.1, 0.9, mask=Y > 0),
+    "ranked coverage": lambda P, Q, Y: ranked_coverage_loss(Q, 0.1, 0.1, 0.9),
+    "ranked, masked": lambda P, Q, Y: ranked_coverage_loss(Q, 0.1, 0.1, 0.9, mask=Y > 0),
+    "separation": lambda P, Q, Y: sum(scm_separation_losses(Q, mask_censored=Y > 0)),
+    "pole": lambda P, Q, Y: pole_loss(P, pole_targets(P, teacher=Y, q_abs=Q.abs(), tags=Y > 0)),
+}
+
+
+@pytest.mark.parametrize("name", META)
+def test_losses_stay_on_the_device_of_the_tuples(name):
+    """The device "meta" has no values: whoever made a tensor elsewhere, or read one, would fail there."""
+    P, Q = (torch.ones(4, device="meta", requires_grad=True) for _ in "PQ")
+    loss = META[name](P, Q, torch.ones(4, device="meta"))
+    assert loss.device.type == "meta"
+    for gradient in torch.autograd.grad(loss, (P, Q), allow_unused=True):
+        assert gradient is None or gradient.device.type == "meta"
 
 
 # --- the objective --------------------------------------------------------------------------------

@@ -219,6 +219,12 @@ def test_counts_are_those_of_the_rows_known_and_add_up(rows):
         assert found["pole_rate"] == pytest.approx((tp + fn) / len(known) if known else 0.0)
 
 
+def test_counts_are_kept_on_the_device_that_is_asked_for():
+    """And counts of two devices add up on the second one's."""
+    assert PoleCounts.none("meta").table.device.type == "meta"
+    assert (PoleCounts.none() + PoleCounts.none("meta")).table.device.type == "meta"
+
+
 def test_counts_are_whole_numbers_and_bounds_belong_to_the_pole():
     """A score of exactly the threshold says "pole", and so does a target of exactly one half."""
     assert PoleCounts.none().table.tolist() == [0, 0, 0, 0]

@@ -40,6 +40,41 @@ def test_lift_targets_matches_the_recorded_cases(vector_group, decode_numbers):
                 assert np.array_equal(np.signbit(np.asarray(got)), np.signbit(expected)), case["id"]
 
 
+def test_words_may_come_in_an_array():
+    """An array of words is read as the nested lists of the same words are."""
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    words = [["finite", "bottom"], ["fault", "missing"]]
+    by_array, by_lists = (lift_semantic_targets(values, labels) for labels in (np.array(words), words))
+    for field in FIELDS:
+        assert torch.equal(getattr(by_array, field), getattr(by_lists, field)), field
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int64])
+def test_codes_may_be_of_any_integer_type(kind):
+    """Arrays of codes are read as tensors of int64."""
+    lifted = lift_semantic_targets(torch.ones(3), np.array([0, 2, 6], dtype=kind))
+    assert lifted.bottom_kind.tolist() == [0, 2, 1]
+    assert lifted.bottom_kind.dtype == lifted.orientation_label.dtype == torch.int64
+
+
+def test_no_rows_have_targets_too():
+    """Of an empty batch every field is empty and of its own dtype, however the labels are told."""
+    for labels in ([], np.array([], dtype=np.int64), torch.tensor([], dtype=torch.int64)):
+        lifted = lift_semantic_targets(torch.ones(0), labels)
+        assert len(lifted) == 0
+        assert (lifted.Y_n.dtype, lifted.bottom_kind.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_targets_are_of_the_dtype_and_device_of_the_values(dtype):
+    """The device "meta" has no values: what is made elsewhere, or read, would be an error there."""
+    values = torch.zeros(5, dtype=dtype, device="meta")
+    codes = torch.zeros(5, dtype=torch.int64, device="meta")
+    for lifted in (lift_sentinel_targets(values), lift_semantic_targets(values, codes)):
+        assert (lifted.Y_n.dtype, lifted.Y_d.dtype) == (dtype, dtype)
+        assert {getattr(lifted, field).device.type for field in FIELDS} == {"meta"}
+
+
 def test_lift_targets_keeps_integers():
     """Integer targets stay integers, and all of them are finite."""
     Y_n, Y_d = lift_targets(torch.tensor([3, -1]))
