@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := scm search_spaces trainables reports harness
 
-.PHONY: help setup demo robustness-demo test test-slow lint bench-quick clean
+.PHONY: help setup demo robustness-demo test test-slow lint bench-quick mutation clean
 
 help:
 	@echo "make demo       sweep the two example data sets and print the ranked configs"
@@ -14,13 +14,14 @@ help:
 	@echo "make test-slow  run the tests marked slow (clusters, long trainings)"
 	@echo "make lint       formatting, lint and types"
 	@echo "make bench-quick  every benchmark at its quick size"
+	@echo "make mutation   change the code here and there, and see the tests fail; about five minutes"
 	@echo "make setup      make the environment in $(VENV) (the others call it)"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peer,track,grid]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,peer,track,grid,mutation]'
 	@touch $(STAMP)
 
 demo: setup
@@ -50,6 +51,9 @@ bench-quick: setup
 	$(BIN)/python benchmarks/failure_modes.py --quick
 	$(BIN)/python benchmarks/coverage_control.py --quick
 	$(BIN)/python benchmarks/sweep_throughput.py --quick
+
+mutation: setup
+	$(BIN)/python benchmarks/mutation.py --quick
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -34,6 +34,7 @@ from benchmark_arguments import device, file_to_write
 from failures import FAILURES
 from failures.measuring import Case, Found, Setting
 from grid_outcomes import OUTCOMES, grid_task
+from marked_page import write_between_marks
 
 from reports.fragments import write_table_atomically
 from trainables.tasks.protocol import TaskError
@@ -41,7 +42,6 @@ from trainables.tasks.protocol import TaskError
 CASES: dict[str, Case] = {case.id: case for case in (*FAILURES, *OUTCOMES)}
 SEEDS = (0, 1, 2)
 GROUPS = {"failure": "Injected failures", "outcome": "Expected outcomes, on the task `grid`"}
-MARKS = ("<!-- measured -->", "<!-- end -->")
 
 SCHEMA = pa.schema(
     [
@@ -186,15 +186,6 @@ def _words_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def put_between_marks(text: str, page: str) -> str:
-    """Return the page with `text` between its marks, or the text alone where the page has none."""
-    first, last = MARKS
-    if first not in page or last not in page:
-        return text
-    before, _, rest = page.partition(first)
-    return f"{before}{first}\n\n{text}\n{last}{rest.partition(last)[2]}"
-
-
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -258,9 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.parquet:
         write_parquet(rows, arguments.parquet)
     if arguments.markdown:
-        page = arguments.markdown.read_text(encoding="utf-8") if arguments.markdown.exists() else ""
-        text = put_between_marks(render_markdown(rows, duration_s), page)
-        arguments.markdown.write_text(text, encoding="utf-8")
+        write_between_marks(render_markdown(rows, duration_s), arguments.markdown)
     return 0 if all(row["met"] for row in rows) else 1
 
 

@@ -33,10 +33,10 @@ import pytest
 from mutants import Mutant
 
 EXAMPLES = 25
+LEAST_TIMEOUT_S = 10.0
 KILLED, TIMEOUT, SURVIVED = "killed", "timeout", "survived"
 
 _PROFILE = "mutation"
-_LEAST_TIMEOUT_S = 10.0
 _TIMES_BASELINE = 5.0
 _MEMORY_BYTES = 16 * 2**30
 _TICK_S = 0.005
@@ -64,7 +64,7 @@ class Baseline:
 
     def timeout_s(self, tests: Sequence[str]) -> float:
         """Return how long the tests may take against a mutant."""
-        return _LEAST_TIMEOUT_S + _TIMES_BASELINE * sum(self.seconds[test] for test in tests)
+        return LEAST_TIMEOUT_S + _TIMES_BASELINE * sum(self.seconds[test] for test in tests)
 
 
 @dataclass(frozen=True, slots=True)

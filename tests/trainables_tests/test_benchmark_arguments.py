@@ -30,6 +30,14 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["--ids", "F11"], "--ids: invalid choice: 'F11'"),
         *absent("--json", "--parquet", "--markdown"),
     ],
+    "mutation": [
+        (["--share", "0"], "--share: must be a number in (0, 1], got '0'"),
+        (["--share", "nan"], "--share: must be a number in (0, 1], got 'nan'"),
+        (["--share", "0.5", "--quick"], "--quick: not allowed with argument --share"),
+        (["--jobs", "0"], "--jobs: must be a whole number >= 1, got '0'"),
+        (["--subjects", "loss"], "--subjects: invalid choice: 'loss'"),
+        *absent("--resume", "--json", "--markdown"),
+    ],
     "sweep_throughput": [
         (["--device", "gpu"], "--device: must be cpu or cuda, got 'gpu'"),
         NOT_HERE,
