@@ -34,6 +34,7 @@ from scm.training.coverage import CoverageMetrics, count_tags, summed_counts
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.feed import Fed
 from scm.training.loader import TensorBatches
+from scm.training.tag_loss import adaptive_tag_weight
 from scm.training.targets import STATUS_CODES, SemanticTargets, lift_semantic_targets
 from scm.training.trainer import SCMTrainer
 from scm.trial import make_trainer
@@ -430,6 +431,26 @@ def test_a_coverage_that_a_device_measured_is_taken_as_a_number(rule: str) -> No
         )
 
 
+def test_histories_of_a_device_begin_after_the_warm_up() -> None:
+    """As on the host: in the first batches nothing is updated, and nothing is written down."""
+    kept = controller("unbiased", warmup_steps=2, update_frequency=2)
+    for _ in range(5):
+        kept.update_counts(torch.tensor([3, 0, 0, 0, 1, 0]))
+    assert [step for step, _ in kept.lambda_history] == [0, 4]
+    assert [step for step, _ in kept.update_history] == [4]
+
+
+def test_the_weight_of_the_tag_loss_is_capped_by_its_own_setting() -> None:
+    """Not by the default cap."""
+    capped = AdaptiveLossConfig(use_tag_loss=True, tag_loss_weight=0.05, tag_loss_max_weight=0.06)
+    adaptive = AdaptiveLambda(capped)
+    adaptive.update(answers(10, 10))
+    assert adaptive.get_tag_loss_weight() <= 0.06
+    assert adaptive.get_tag_loss_weight() == pytest.approx(
+        adaptive_tag_weight(0.05, 1.0, max_weight=0.06), rel=1e-12
+    )
+
+
 def test_a_rate_of_zero_is_a_rate() -> None:
     """What may be None by default is not taken for unset where it is 0."""
     settings = AdaptiveLossConfig(rate_up=0.0, rate_down=0.0, dead_band=0.0, cumulative_steps=0).settings()
@@ -525,6 +546,17 @@ def test_row_weights_weigh_the_coverage_that_is_told() -> None:
     assert companion.telemetry()["control_coverage"] == 0.25
     companion.after_backward(moment(torch.ones(3), Q, row_weights=torch.zeros(3)))
     assert companion.adaptive.coverage_history[-1] == (2, 0.25)
+
+
+def test_a_multiplier_of_a_device_weighs_in_the_dtype_of_the_model() -> None:
+    """It is float64 there; the weight that the objective is told is of the model's own dtype."""
+    companion = CoverageController(controller())
+    companion.adaptive.update_counts(torch.tensor([1, 0, 0, 0, 3, 0]))
+    now = moment(torch.ones(2), torch.ones(2))
+    companion.before_forward(now)
+    weight = now.facts["loss_weights"]["rejection"]
+    assert weight.dtype == torch.float32
+    assert float(weight) == pytest.approx(float(companion.adaptive.lambda_rej))
 
 
 def test_weights_of_rows_that_are_not_trained_do_not_count() -> None:
@@ -781,6 +813,7 @@ def test_the_factory_hands_on_what_it_is_told() -> None:
     assert [getattr(usual, name) for name in named] == [0.95, 0.01, 1.0, 0.9, 100]
     assert (usual.update_frequency, usual.lambda_min, usual.lambda_max) == (10, 0.1, None)
     assert create_adaptive_loss(base_loss="mae").base_loss == "mae"
+    assert create_adaptive_loss().base_loss == AdaptiveLoss(controller()).base_loss == "mse"
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, math.inf, math.nan])

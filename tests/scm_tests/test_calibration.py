@@ -192,6 +192,41 @@ def test_as_many_errors_as_the_binomial_law_allows(side, total, bound, confidenc
         assert calibrate(q, flags, **ask).counts[f"false_{side}s"] == allowed
 
 
+def test_a_product_that_rounds_up_allows_no_row_too_many():
+    """6 * 0.8333333333333333 rounds to 5, and 5 of 6 are more than that bound."""
+    bound, q = 0.8333333333333333, torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    assert (int(bound * 6), bound < 5 / 6) == (5, True)
+    for side in ("accept", "reject"):
+        flags = torch.full((6,), side == "reject")
+        chosen = calibrate(q, flags, split="val", **{f"max_false_{side}": bound})
+        assert chosen.counts[f"false_{side}s"] == 4
+
+
+def test_what_is_within_reach_of_both_bounds_is_counted():
+    """With the smallest threshold that meets the first bound, 2 of 4 in-range rows are lost."""
+    q = torch.tensor([0.3, 0.1, 0.2, 0.4, 0.5])
+    flags = torch.tensor([False, True, True, True, True])
+    with pytest.raises(
+        CalibrationError, match="false-accept rate <= 0.0 and a .* <= 0.25: .* within reach is 0.5,"
+    ):
+        calibrate(q, flags, split="val", max_false_accept=0.0, max_false_reject=0.25)
+    assert calibrate(q, flags, split="val", max_false_accept=0.0, max_false_reject=0.5).counts == {
+        "total": 5,
+        "in_range": 4,
+        "censored": 1,
+        "non_finite": 0,
+        "false_accepts": 0,
+        "false_rejects": 2,
+    }
+
+
+def test_denominators_that_are_not_finite_are_counted():
+    """NaN and both infinities, of either kind of row."""
+    q = torch.tensor([math.nan, math.inf, 0.5, 0.1])
+    chosen = calibrate(q, torch.tensor([True, False, True, False]), split="val", max_false_accept=0.5)
+    assert (chosen.counts["non_finite"], chosen.counts["total"]) == (2, 4)
+
+
 def test_confidence_tightens_the_second_bound_as_well():
     """With both bounds the second is held to its exact limit too: 58 clean rows cannot show 5 %."""
     q = torch.cat([torch.zeros(100), torch.ones(58)])
@@ -300,6 +335,40 @@ def test_records_survive_json_pickle_and_copy(rows, bound, dtype):
         assert again == chosen
         assert hash(again) == hash(chosen)
         assert again.digest == chosen.digest
+
+
+def test_records_are_read_only_and_hash_by_what_they_say():
+    """Counts, bound and curve cannot be written to; equal records hash alike and others do not."""
+    one, same, other = record(), record(), record(split="test")
+    for held in (one.counts, one.bound, one.curve):
+        with pytest.raises(TypeError):
+            held["total"] = 1
+    assert hash(one) == hash(same) != hash(other)
+    assert len({one, same, other}) == 2
+
+
+def test_a_record_without_a_digest_is_refused():
+    """As one with another digest is."""
+    payload = json.loads(record().to_json())
+    del payload["digest"]
+    with pytest.raises(CalibrationError, match="it says digest None"):
+        CalibrationRecord.from_json(json.dumps(payload))
+
+
+def test_the_bounds_that_were_asked_for_are_in_the_record():
+    """By name, None where nothing was asked."""
+    assert dict(record(max_false_reject=0.75, confidence=0.5, max_false_accept=0.75, tau_min=1e-3).bound) == {
+        "max_false_accept": 0.75,
+        "max_false_reject": 0.75,
+        "confidence": 0.5,
+        "tau_min": 1e-3,
+    }
+    assert dict(record().bound) == {
+        "max_false_accept": 0.0,
+        "max_false_reject": None,
+        "confidence": None,
+        "tau_min": 1e-12,
+    }
 
 
 def test_a_record_is_one_canonical_line():
@@ -476,6 +545,21 @@ def test_a_calibrated_head_is_its_model_and_its_record():
     assert head(angles).bottom_mask.tolist() == [False, True]
     with pytest.warns(UncalibratedWarning):
         CalibratedHead(Circle(), None, gauge="unit")(angles)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_gap_to_the_training_threshold_is_flagged(recorded):
+    """With a record and without one; accepted tuples below tau_train are in it."""
+    P, Q = unit_tuples(torch.tensor([0.3, 0.1]).double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncalibratedWarning)
+        chosen = record() if recorded else None
+        own = {} if recorded else {"tau_infer": 0.01}
+        found = calibrated_decode(P, Q, chosen, gauge="unit", tau_train=0.2, **own)
+        usual = calibrated_decode(P, Q, None, gauge="unit", tau_train=0.2)
+    for result in (found, usual):
+        assert result.bottom_mask.tolist() == [False, False]
+        assert result.gap_mask.tolist() == [False, True]
 
 
 def test_a_calibrated_head_hands_its_arguments_on():

@@ -212,6 +212,51 @@ def test_codes_and_thresholds_have_one_type():
     assert config.numerical_hazard_threshold == 0.0
 
 
+@pytest.mark.parametrize("arrays", [False, True])
+def test_arrays_gate_by_the_same_thresholds(arrays):
+    """The defaults and the given thresholds of validity factors hold for arrays as for tensors."""
+    P = Q = torch.ones(3)
+    V = torch.tensor([1.0, 1e-3, 1e-7])
+    if arrays:
+        P, Q, V = P.numpy(), Q.numpy(), V.numpy()
+    assert strict_inference(P, Q, validity_factors=V).bottom_mask.tolist() == [False, False, True]
+    given = strict_inference(P, Q, validity_factors=V, validity_taus=1e-2)
+    assert given.bottom_mask.tolist() == [False, True, True]
+    if arrays:
+        assert strict_inference_numpy(P, Q, validity_factors=V).bottom_mask.tolist() == [False, False, True]
+
+
+def test_a_threshold_of_a_validity_factor_is_rounded_to_its_dtype():
+    """The number that 0.1 is in the factor's dtype is accepted, whatever the dtype of Q is."""
+    V = torch.tensor([0.1], dtype=torch.float32)
+    result = strict_inference(tensor([1.0]), tensor([1.0]), validity_factors=V, validity_taus=0.1)
+    assert not result.bottom_mask.any()
+
+
+def test_the_gap_begins_below_tau_train_as_the_dtype_of_q_has_it():
+    """|Q| that is the number nearest to tau_train is not in the gap, in any dtype."""
+    for dtype in (torch.float32, torch.float64):
+        Q = torch.tensor([0.1, 0.09], dtype=dtype)
+        result = strict_inference(torch.ones_like(Q), Q, InferenceConfig(tau_train=0.1))
+        assert result.gap_mask.tolist() == [False, True]
+
+
+def test_the_provenance_fields_take_the_words_of_older_callers():
+    """Each of the four words is accepted, and none changes a result."""
+    P, Q = tensor([1.0, NAN]), tensor([0.0, 1.0])
+    for provenance in ("off", "experimental"):
+        for representation in ("split_masks", "bottom_provenance"):
+            config = InferenceConfig(provenance=provenance, provenance_representation=representation)
+            assert strict_inference(P, Q, config).bottom_provenance.tolist() == [2, 1]
+
+
+def test_both_names_of_the_hazard_threshold_say_the_same():
+    """Whichever of the two was given."""
+    for name in ("numerical_hazard_threshold", "provenance_fault_threshold"):
+        config = InferenceConfig(**{name: 0.25})
+        assert config.numerical_hazard_threshold == config.provenance_fault_threshold == 0.25
+
+
 def test_numpy_arrays_of_any_layout_are_decoded():
     """Read-only, reversed, foreign-endian and integer arrays give arrays."""
     P = np.arange(4.0)[::-1]
@@ -351,6 +396,21 @@ def test_wrapper_trains_on_the_tuple_and_answers_decoded():
     result = wrapper.eval()(x)
     assert result.bottom_mask.tolist() == [False, True]
     assert result.decoded[0] == 0.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapper_hands_its_arguments_on(training):
+    """By position and by name, in both modes; without a config it decodes with the default one."""
+
+    class Scaled(nn.Module):
+        def forward(self, x, factor, *, shift=0.0):
+            return x * factor + shift, torch.ones_like(x)
+
+    wrapper = SCMInferenceWrapper(Scaled()).train(training)
+    outputs = wrapper(tensor([1.0, 2.0]), 3.0, shift=0.5)
+    assert outputs[0].tolist() == [3.5, 6.5]
+    assert wrapper.config == InferenceConfig()
+    assert SCMInferenceWrapper(Scaled(), InferenceConfig(tau_infer=0.5)).config.tau_infer == 0.5
 
 
 def test_wrapper_takes_a_second_denominator_and_further_arguments():

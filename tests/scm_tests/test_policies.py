@@ -22,6 +22,7 @@ from scm.autodiff.policies import (
     apply_policy,
     apply_policy_tensor,
     apply_policy_vector,
+    gate_denominator,
     gate_gradients,
     gate_tuple,
     get_policy,
@@ -179,6 +180,68 @@ def test_registry_is_read_only_and_restores_whole():
     assert POLICY_REGISTRY["my_layer"] is GradientPolicy.REJECT
     restore_policy_registry(before)
     assert dict(POLICY_REGISTRY) == dict(before)
+
+
+def test_layers_have_their_own_defaults():
+    """The rational layer projects, the others clamp, and so does what is not registered."""
+    assert dict(POLICY_REGISTRY) == {
+        "scm_rational": GradientPolicy.PROJECT,
+        "scm_norm": GradientPolicy.CLAMP,
+        "scm_softmax": GradientPolicy.CLAMP,
+        "coverage": GradientPolicy.CLAMP,
+        "rejection_loss": GradientPolicy.CLAMP,
+    }
+    assert get_policy("no_such_layer") is GradientPolicy.CLAMP
+
+
+def test_the_hard_coverage_has_a_default_of_its_own():
+    """Registered as REJECT, it is 0 wherever neither an argument nor a context says otherwise."""
+    before = policy_registry_snapshot()
+    bottoms = torch.tensor([True, True, False, False])
+    try:
+        register_policy("rejection_loss", GradientPolicy.REJECT)
+        assert rejection_loss(bottoms, 1.0).item() == 0
+        assert rejection_loss(bottoms, 1.0, policy=GradientPolicy.CLAMP).item() == 0.25
+        with gradient_policy(GradientPolicy.CLAMP):
+            assert rejection_loss(bottoms, 1.0).item() == 0.25
+    finally:
+        restore_policy_registry(before)
+    assert rejection_loss(bottoms, 1.0).item() == 0.25
+
+
+def test_a_config_that_says_nothing_clamps():
+    """Built without arguments, or read from an empty mapping."""
+    assert GradientPolicyConfig().policy is GradientPolicyConfig.from_dict({}).policy is GradientPolicy.CLAMP
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_threshold_itself_is_no_bottom(dtype):
+    """As in decoding: |Q| at tau is accepted and the next number below it is not; a tau of 0 is one."""
+    tau = torch.tensor(0.25, dtype=dtype)
+    below = torch.nextafter(tau, torch.zeros_like(tau))
+    Q = torch.stack([tau, -tau, below, -below, torch.zeros_like(tau)]).requires_grad_()
+    for threshold, passes in ((0.25, [1, 1, 0, 0, 0]), (0.0, [1, 1, 1, 1, 1])):
+        with gradient_policy(GradientPolicy.PROJECT, tau=threshold):
+            gated = gate_denominator(Q)
+        assert torch.autograd.grad(gated.sum(), Q)[0].tolist() == passes
+
+
+def test_numbers_stay_what_they_are():
+    """A rejected complex number is a complex zero and a rejected float a float one."""
+    for gradient in (2.5, 2.5 - 1j):
+        rejected = apply_policy(gradient, False, GradientPolicy.REJECT)
+        assert rejected == 0
+        assert type(rejected) is type(gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_scale_of_another_dtype_leaves_gradients_theirs(dtype):
+    """A scale is kept in float32; what it clamps stays in its own dtype."""
+    gradient = torch.tensor([3.0, -0.5, -30.0], dtype=dtype)
+    limit = torch.tensor(2.0, dtype=torch.float64).reshape(1)
+    clamped = apply_policy_tensor(gradient, gradient > 99, GradientPolicy.CLAMP, limit=limit)
+    assert clamped.dtype == dtype
+    assert clamped.tolist() == [2.0, -0.5, -2.0]
 
 
 def test_policy_config_is_plain_data():
@@ -443,6 +506,35 @@ def test_a_policy_reaches_gates_whose_backward_runs_on_another_thread():
     with gradient_policy(GradientPolicy.REJECT):
         pass
     backward_elsewhere()
+    assert bool((P.grad != 0).any())
+
+
+def test_leaving_an_inner_context_puts_the_outer_one_back_into_gates():
+    """For backward passes on other threads as on this one."""
+    P, Q, targets = _batch()
+    loss = _loss(P, Q, targets)
+    with gradient_policy(GradientPolicy.REJECT):
+        with gradient_policy(GradientPolicy.PASSTHROUGH):
+            pass
+        worker = threading.Thread(target=loss.backward)
+        worker.start()
+        worker.join()
+    assert bool((P.grad == 0).all())
+
+
+def test_a_thread_that_has_a_context_of_its_own_uses_it():
+    """What the thread of the forward pass is told counts only where the other one is told nothing."""
+    P, Q, targets = _batch()
+    loss = _loss(P, Q, targets)
+
+    def backward_freely():
+        with gradient_policy(GradientPolicy.PASSTHROUGH):
+            loss.backward()
+
+    with gradient_policy(GradientPolicy.REJECT):
+        worker = threading.Thread(target=backward_freely)
+        worker.start()
+        worker.join()
     assert bool((P.grad != 0).any())
 
 

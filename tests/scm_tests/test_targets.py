@@ -40,6 +40,31 @@ def test_lift_targets_matches_the_recorded_cases(vector_group, decode_numbers):
                 assert np.array_equal(np.signbit(np.asarray(got)), np.signbit(expected)), case["id"]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_lift_targets_keeps_the_dtype(dtype):
+    """Of tensors and of arrays, in both members of the tuple."""
+    values = [1.5, np.inf, -np.inf, np.nan]
+    for lifted in (lift_targets(np.array(values, dtype=dtype)), lift_targets(torch.tensor(values))):
+        expected = dtype if isinstance(lifted[0], np.ndarray) else "torch.float32"
+        assert {str(member.dtype) for member in lifted} == {expected}
+    tensors = lift_targets(torch.tensor(values, dtype=getattr(torch, dtype)))
+    assert {str(member.dtype) for member in tensors} == {f"torch.{dtype}"}
+
+
+def test_targets_move_and_are_selected_as_tensors_are():
+    """To a device, to a dtype (the tuple alone), and by positions of any shape, masks and slices."""
+    lifted = lift_semantic_targets(torch.arange(4.0), torch.tensor([0, 1, 2, 6]))
+    there = lifted.to("meta", torch.float64)
+    assert {getattr(there, field).device.type for field in FIELDS} == {"meta"}
+    assert (there.Y_n.dtype, there.Y_d.dtype, there.bottom_kind.dtype) == (
+        *(torch.float64, torch.float64),
+        torch.int64,
+    )
+    for rows in (torch.tensor([2, 0]), torch.tensor([[3, 1], [0, 0]]), lifted.mask_finite, slice(1, 3)):
+        for field in FIELDS:
+            assert torch.equal(getattr(lifted.index(rows), field), getattr(lifted, field)[rows])
+
+
 def test_words_may_come_in_an_array():
     """An array of words is read as the nested lists of the same words are."""
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
