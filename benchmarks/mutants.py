@@ -43,7 +43,12 @@ _LEFT_ALONE = m.OneOf(
 )
 _CHECK = m.Call(func=m.Name(m.MatchRegex("_?check_.*|bool_mask")))
 _ALIAS = m.SimpleStatementLine(
-    body=[m.Assign(value=m.BinaryOperation(operator=m.BitOr()) | m.Subscript(value=m.Name("Literal")))]
+    body=[
+        m.Assign(
+            value=m.BinaryOperation(operator=m.BitOr())
+            | m.Subscript(value=m.Name("Callable") | m.Name("Literal"))
+        )
+    ]
 )
 
 

@@ -451,6 +451,20 @@ def test_the_weight_of_the_tag_loss_is_capped_by_its_own_setting() -> None:
     )
 
 
+def test_the_unbiased_rule_remembers_and_has_a_dead_band() -> None:
+    """v = momentum * v + rate * gap, and the multiplier changes by v; a smaller gap than the band is none."""
+    heavy = controller("unbiased", momentum=0.5, target_coverage=1.0)
+    for expected in (1.1, 1.25, 1.425):  # gaps of 1: v is 0.1, 0.15, 0.175
+        heavy.update(answers(0, 4))
+        assert heavy.lambda_rej == pytest.approx(expected)
+    assert heavy.get_statistics()["velocity"] == pytest.approx(0.175)
+    still = controller("unbiased", dead_band=0.25, target_coverage=0.75)
+    still.update(answers(9, 16))  # a gap of 3/16
+    assert still.lambda_rej == 1.0
+    still.update(answers(4, 8))  # a gap of just the band
+    assert still.lambda_rej == pytest.approx(1.0 + 0.1 * 0.25)
+
+
 def test_a_rate_of_zero_is_a_rate() -> None:
     """What may be None by default is not taken for unset where it is 0."""
     settings = AdaptiveLossConfig(rate_up=0.0, rate_down=0.0, dead_band=0.0, cumulative_steps=0).settings()
@@ -568,6 +582,12 @@ def test_weights_of_rows_that_are_not_trained_do_not_count() -> None:
     companion.after_backward(moment(torch.ones(4), Q, codes=codes, row_weights=weights))
     assert companion.adaptive.coverage_history == [(1, 0.75)]
     assert companion.telemetry()["control_coverage"] == 0.75
+    more = moment(torch.ones(4), torch.tensor([1.0, 0.0, 0.0, 0.0]), row_weights=torch.ones(4))
+    companion.after_backward(more)
+    # Two answers of which 3/4 of the weight was accepted, and four of which 1/4 was.
+    assert companion.telemetry()["control_coverage"] == pytest.approx((2 * 0.75 + 4 * 0.25) / 6)
+    companion.begin_epoch(1, {})
+    assert math.isnan(companion.telemetry()["control_coverage"])
 
 
 def test_a_model_of_plain_values_cannot_be_controlled() -> None:
@@ -751,21 +771,23 @@ def test_the_adaptive_loss_is_its_two_terms() -> None:
     P, Q, y = torch.randn(3, 12, generator=drawn, dtype=torch.float64).unbind(0)
     targets = lift_semantic_targets(y, torch.arange(12) % 7)
     weights = torch.rand(12, generator=drawn, dtype=torch.float64)
-    loss = create_adaptive_loss(0.8, initial_lambda=2.5, base_loss="huber", warmup_steps=100)
+    loss = create_adaptive_loss(1.0, initial_lambda=2.5, base_loss="huber", warmup_steps=100)
     rows = {"mask": targets.mask_trained, "row_weights": weights}
     fit = quotient_loss(
         *(P, Q, targets.Y_n, targets.Y_d),
-        tau=0.4,
+        tau=1.5,
         mask_finite=targets.mask_finite,
         orientation=targets.orientation_label,
         base="huber",
         lambda_rej=2.5,
         **rows,
     )
-    covered = ranked_coverage_loss(Q, 0.4, loss.margin, 0.8, **rows)
+    covered = ranked_coverage_loss(Q, 1.5, 0.01, 1.0, **rows)
+    assert covered > 0
     lifted = (targets.Y_n, targets.Y_d)
-    found = loss((P, Q, y), lifted, tau=0.4, semantic_targets=targets, row_weights=weights)
+    found = loss((P, Q, y), lifted, tau=1.5, semantic_targets=targets, row_weights=weights)
     assert found.item() == pytest.approx((fit + 2.5 * covered).item(), rel=1e-14)
+    assert loss.adaptive.tracker.cumulative.total == int(targets.mask_trained.sum())
 
 
 def test_the_adaptive_loss_tells_its_controller_what_strict_decoding_accepts() -> None:
@@ -812,6 +834,8 @@ def test_the_factory_hands_on_what_it_is_told() -> None:
     named = ("target_coverage", "learning_rate", "initial_lambda", "momentum", "warmup_steps")
     assert [getattr(usual, name) for name in named] == [0.95, 0.01, 1.0, 0.9, 100]
     assert (usual.update_frequency, usual.lambda_min, usual.lambda_max) == (10, 0.1, None)
+    assert (usual.lambda_rej_min, usual.use_tag_loss) == (0.1, False)
+    assert (usual.tag_loss_weight, usual.tag_loss_adaptive) == (0.05, True)
     assert create_adaptive_loss(base_loss="mae").base_loss == "mae"
     assert create_adaptive_loss().base_loss == AdaptiveLoss(controller()).base_loss == "mse"
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scm.autodiff.policies import GradientPolicy, gradient_policy
+from scm.autodiff.policies import GradientPolicy, gradient_policy, policies_disabled
 from scm.losses.coverage import coverage, ranked_coverage_loss, rejection_loss, soft_coverage_loss
 from scm.losses.implicit import LARGEST, implicit_loss
 from scm.losses.margin import margin_loss
@@ -955,6 +955,21 @@ def test_the_parts_of_the_objective_follow_what_the_call_overrides():
     covered = (overrides["row_weights"] * ~bottom).sum() / overrides["row_weights"].sum()
     assert breakdown["rejection"].item() == pytest.approx((0.8 - covered.item()) ** 2, rel=1e-5)
     assert parts.total().item() == pytest.approx(total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("term", ["margin", "push_up"])
+@pytest.mark.parametrize("named", [False, True])
+def test_an_exact_zero_leaves_where_a_mask_says_that_it_is_finite(term, named):
+    """In the objective as in the single losses: without a mask nothing says that the zero is wrong."""
+    P, Y_n, Y_d = _tensor([1.0]), _tensor([1.0]), _tensor([1.0])
+    Q = _tensor([0.0], requires_grad=True)
+    only = {"fit": 0.0, "margin": 0.0, "sign": 0.0, "rejection": 0.0, term: 1.0}
+    mask = {"mask_finite": _mask([True])} if named else {}
+    with policies_disabled():
+        total, _ = SCMTrainingLoss(LossConfig(tau_train=0.1))(
+            _tensor(0.0), P, Q, Y_n, Y_d, weights=only, **mask
+        )
+        assert (torch.autograd.grad(total, Q)[0].item() < 0) == named
 
 
 def test_push_up_alone_needs_no_masks():
