@@ -465,6 +465,38 @@ def test_the_unbiased_rule_remembers_and_has_a_dead_band() -> None:
     assert still.lambda_rej == pytest.approx(1.0 + 0.1 * 0.25)
 
 
+def test_batches_of_the_warm_up_are_not_judged_later() -> None:
+    """The first update of the unbiased rule is by the answers after the warm-up alone."""
+    warm = controller("unbiased", warmup_steps=1, update_frequency=2, target_coverage=0.5)
+    warm.update(answers(0, 10))
+    warm.update(answers(10, 10))
+    warm.update(answers(10, 10))
+    assert warm.lambda_rej == pytest.approx(1.0 - 0.1 * 0.5)
+
+
+def test_a_batch_counts_as_one_answer_unless_said_otherwise() -> None:
+    """In the coverage of all answers since the last update."""
+    told = controller("unbiased", update_frequency=2, target_coverage=1.0)
+    told.observe(0.0)
+    told.observe(1.0, 3.0)
+    assert told.lambda_rej == pytest.approx(1.0 + 0.1 * 0.25)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_updates_are_counted(rule: str) -> None:
+    """Each batch at which the multiplier was due, whether it moved or not."""
+    counted = controller(rule, update_frequency=2)
+    for _ in range(5):
+        counted.update(answers(1, 2))
+    assert counted.state_dict()["state"]["updates"] == 2.0
+
+
+def test_a_cap_of_the_tag_loss_may_be_its_weight() -> None:
+    """Then it does not adapt, and is no error."""
+    config = AdaptiveLossConfig(use_tag_loss=True, tag_loss_weight=0.1, tag_loss_max_weight=0.1)
+    assert AdaptiveLambda(config).get_tag_loss_weight() == pytest.approx(0.1)
+
+
 def test_a_rate_of_zero_is_a_rate() -> None:
     """What may be None by default is not taken for unset where it is 0."""
     settings = AdaptiveLossConfig(rate_up=0.0, rate_down=0.0, dead_band=0.0, cumulative_steps=0).settings()
@@ -612,6 +644,17 @@ def test_the_multiplier_is_the_weight_of_the_coverage_term() -> None:
         assert now.facts["loss_weights"] == {**(given_weights or {}), "rejection": expected}
     companion.after_backward(now)
     assert companion.adaptive.step_count == 0  # a weight of 0 teaches nothing about the multiplier
+
+
+def test_a_multiplier_that_begins_at_zero_is_the_weight_itself() -> None:
+    """There is nothing to scale a given weight by."""
+    companion = CoverageController(controller(initial_lambda=0.0, target_coverage=1.0))
+    now = moment(torch.ones(2), torch.zeros(2), loss_weights={"rejection": 0.5})
+    companion.before_forward(now)
+    assert now.facts["loss_weights"] == {"rejection": 0.0}
+    companion.after_backward(now)
+    companion.before_forward(now)
+    assert now.facts["loss_weights"]["rejection"] == pytest.approx(0.1)
 
 
 def test_a_ramp_of_the_weights_ramps_the_multiplier() -> None:

@@ -192,6 +192,13 @@ def test_as_many_errors_as_the_binomial_law_allows(side, total, bound, confidenc
         assert calibrate(q, flags, **ask).counts[f"false_{side}s"] == allowed
 
 
+@pytest.mark.parametrize("confidence", [0.0, 1.0, -0.5, math.nan])
+def test_a_confidence_lies_between_zero_and_one(confidence):
+    """At the ends it would ask for nothing, or for more than any number of rows can show."""
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got confidence="):
+        record(confidence=confidence)
+
+
 def test_a_product_that_rounds_up_allows_no_row_too_many():
     """6 * 0.8333333333333333 rounds to 5, and 5 of 6 are more than that bound."""
     bound, q = 0.8333333333333333, torch.linspace(0.1, 0.9, 6, dtype=torch.float64)

@@ -972,6 +972,29 @@ def test_an_exact_zero_leaves_where_a_mask_says_that_it_is_finite(term, named):
         assert (torch.autograd.grad(total, Q)[0].item() < 0) == named
 
 
+@pytest.mark.parametrize("term", ["soft", "ranked"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_row_weights_reach_the_coverage_terms_of_the_objective(term, masked):
+    """The term is its own function of the same weights and rows."""
+    P, Q, targets = _batch()
+    weights = torch.linspace(0.0, 2.0, len(Q), dtype=F64)
+    rows = {"mask_trained": targets.mask_trained} if masked else {}
+    config = LossConfig(coverage_term=term, tau_train=1.5, coverage_temperature=0.5, target_coverage=0.9)
+    _, parts = _objective(P, Q, targets, config, row_weights=weights, **rows)
+    alone = soft_coverage_loss if term == "soft" else ranked_coverage_loss
+    mask = targets.mask_trained if masked else None
+    expected = alone(Q, 1.5, 0.5, 0.9, mask=mask, row_weights=weights)
+    assert parts["rejection"].item() == pytest.approx(expected.item(), rel=1e-13)
+    assert expected > 0
+
+
+def test_a_coverage_of_one_row_is_its_own():
+    """The soft coverage over a mask that leaves one row, against its formula."""
+    Q = _tensor([0.3, 5.0, 5.0])
+    loss = soft_coverage_loss(Q, 0.5, 0.1, 0.9, mask=_mask([True, False, False]))
+    assert loss.item() == pytest.approx((0.9 - 1 / (1 + math.exp(2.0))) ** 2, rel=1e-12)
+
+
 def test_push_up_alone_needs_no_masks():
     """Groups that are not given are read off the targets."""
     P, Q, targets = _batch()
