@@ -153,7 +153,7 @@ def _survivors_table(survivors: Sequence[Mapping[str, Any]]) -> str:
     """One line for each reason, with its survivors."""
     by_reason: dict[str, list[Mapping[str, Any]]] = {}
     for one in survivors:
-        by_reason.setdefault(one["reason"] or "none known", []).append(one)
+        by_reason.setdefault(one["reason"] or "no reason known: a test is wanting", []).append(one)
     blocks = []
     for reason, own in sorted(by_reason.items()):
         head = ("where", "change")

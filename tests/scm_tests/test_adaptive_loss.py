@@ -29,7 +29,7 @@ from scm.training.adaptive_loss import (
 )
 from scm.training.companion import Moment
 from scm.training.config import TrainingConfig
-from scm.training.control_rules import RULES, ControlSettings, ControlState
+from scm.training.control_rules import RULES, ControlSettings, ControlState, pick
 from scm.training.coverage import CoverageMetrics, count_tags, summed_counts
 from scm.training.curriculum import LinearRamp, LossWeightsCurriculum
 from scm.training.feed import Fed
@@ -495,6 +495,16 @@ def test_a_cap_of_the_tag_loss_may_be_its_weight() -> None:
     """Then it does not adapt, and is no error."""
     config = AdaptiveLossConfig(use_tag_loss=True, tag_loss_weight=0.1, tag_loss_max_weight=0.1)
     assert AdaptiveLambda(config).get_tag_loss_weight() == pytest.approx(0.1)
+
+
+def test_a_choice_between_numbers_is_made_in_double_precision() -> None:
+    """Where the condition is a tensor and both numbers are plain, or one of them is."""
+    condition = torch.tensor([True, False])
+    for chosen in (pick(condition, 0.1, 0.2), pick(condition, torch.tensor(0.1).double() * 0 + 0.1, 0.2)):
+        assert isinstance(chosen, Tensor)
+        assert chosen.tolist() == [0.1, 0.2]
+    assert pick(condition, 0.1, torch.full((2,), 0.2, dtype=torch.float64)).tolist() == [0.1, 0.2]
+    assert (pick(True, 0.1, 0.2), pick(False, 0.1, 0.2)) == (0.1, 0.2)
 
 
 def test_a_rate_of_zero_is_a_rate() -> None:

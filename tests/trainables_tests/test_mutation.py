@@ -355,7 +355,7 @@ def test_the_tables_show_every_survivor_with_its_reason(load_benchmark: Callable
     page = tables.render_markdown({**document, **rows})
     assert "50% of each module's mutants, drawn with seed 0" in page
     assert "### it is alike" in page
-    assert "### none known" in page
+    assert "### no reason known" in page
     assert "`` a + 2 \\| b `` → `` a - 2 \\| b ``" in page
     assert "| `x` | 4 | 4 | 2 | 0 | 2 | 0.500" in page
     assert tables.render_survivors(tried) == "x.py:2: swap_op: a + 2 | b -> a - 2 | b"
