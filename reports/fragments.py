@@ -105,13 +105,16 @@ class FragmentWriter:
             self.flush_if_due()
 
     def append_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes rows that came together, and flushes once for all of them; they may make a fragment longer.
+        """Takes rows that came together, and flushes whenever a fragment is full and when all are taken.
 
         A row that is refused, as by `append`, raises; those before it are taken, and on the disk.
         """
         try:
             for row in rows:
                 self._take(row)
+                # What Parquet needs to write a file grows with its rows, and is never given back.
+                if len(self._rows) >= FRAGMENT_ROWS:
+                    self.flush()
         finally:
             self.flush()
 
