@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> Document:
         ) from None
     except YAMLError as error:
         raise UserError(f"{path}: not YAML: {one_line(error)}") from None
-    except Exception as error:  # of a value that its tag or form does not fit: !!int x, 2001-99-99, a list as a key
+    except Exception as error:  # a tag or a form that does not fit: !!int x, 2001-99-99, a list in a key
         raise UserError(f"{path}: a value cannot be read: {one_line(error)}") from None
     return Document(path, plain, keys, values)
 

@@ -49,6 +49,18 @@ class Property:
     needs: tuple[str, ...] = ()
 
 
+def library_law(
+    name: str,
+    group: int,
+    law: str,
+    needs: tuple[str, ...],
+    cases: Callable[[Subject], SearchStrategy[Case]],
+    check: Callable[[Subject, Case], None],
+) -> Property:
+    """A property about a library, in the order in which a table of them reads well."""
+    return Property(name=name, group=group, law=law, of="library", needs=needs, cases=cases, check=check)
+
+
 def missing_needs(prop: Property, subject: Subject) -> list[str]:
     """Name what the property needs and the subject has not."""
     return [name for name in prop.needs if getattr(subject, name, None) is None]

@@ -232,3 +232,15 @@ def test_keys_of_a_task_are_text(tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(plan_text(plan), encoding="utf-8")
     assert load_plan(tmp_path / "again.yaml").task.params == plan.task.params
     assert SearchProposer(plan).next_batch()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!int task", "!!float x", "2001-99-99", "{? [a] : 1}", "{? {b: [2]} : 3}"],
+    ids=["int", "float", "date", "list as a key", "map as a key"],
+)
+def test_a_value_that_cannot_be_made_is_one_line(tmp_path: Path, value: str) -> None:
+    """Where the tag of a value or its form does not fit it, the plan is refused and nothing is raised."""
+    found = problems(tmp_path, HEAD + f"space: [optimizer]\nconfig: {value}\n")
+    assert len(found) == 1
+    assert "\n" not in found[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -292,3 +293,12 @@ def test_json_refuses_nan_and_keeps_the_earlier_file(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json_atomically({"a": math.nan}, path)
     assert path.read_text() == '{\n  "a": 1\n}\n'
+
+
+@pytest.mark.parametrize("operator", ["!=", "not <="])
+def test_a_filter_does_not_pass_over_nan(tmp_path, operator):
+    """All numbers of a file are 0 and one is NaN, which statistics leave out: `x != 0` still finds it."""
+    write_table_atomically(pa.table({"n": [1, 2], "x": [0.0, float("nan")]}), tmp_path / "a.parquet")
+    x = pc.field("x")
+    kept = pq.read_table(tmp_path, filters=x != 0.0 if operator == "!=" else ~(x <= 0.0))
+    assert kept.column("n").to_pylist() == [2]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -355,42 +355,6 @@ def rows_of(run: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for config, outcomes in enumerate(run)
         for seed, outcome in enumerate(outcomes)
     ]
-
-
-WRONG = {
-    "failed": {"status": "failed", "nan_count": 0, "coverage": math.nan, "accepted_error": math.nan},
-    "failed_without_a_count": {"status": "failed", "nan_count": None, "step_time_ms": math.nan},
-    "diverged": {"status": "diverged", "nan_count": 11, "accepted_error": math.nan},
-    "abstains": {"accepted_error": math.nan, "coverage": 0.0},
-    "not_finite": {"accepted_error": math.inf},
-}
-
-
-@settings(deadline=None, max_examples=200)
-@given(run=runs, options=budgets, wrong=st.sampled_from(sorted(WRONG)), data=st.data())
-def test_no_config_gains_when_one_of_its_trials_goes_wrong(run, options, wrong, data):
-    """Whatever the run, the options and the trial: going wrong never improves the config's rank."""
-    rows = rows_of(run)
-    chosen = data.draw(st.integers(0, len(rows) - 1))
-    assume(
-        rows[chosen]["status"] in ("completed", "stopped") and math.isfinite(rows[chosen]["accepted_error"])
-    )
-    # What a trial has met stays met: going wrong does not take a NaN back.
-    assume(rows[chosen]["nan_count"] == 0)
-    before = ranked(rows, **options)[rows[chosen]["config_id"]]["rank"]
-    changed = [item | WRONG[wrong] if index == chosen else item for index, item in enumerate(rows)]
-    assert ranked(changed, **options)[rows[chosen]["config_id"]]["rank"] >= before
-
-
-@settings(deadline=None, max_examples=100)
-@given(run=runs, options=budgets, chosen=st.data())
-def test_no_config_gains_by_more_nans(run, options, chosen):
-    """Counting one more non-finite value never improves a config's rank."""
-    rows = rows_of(run)
-    index = chosen.draw(st.integers(0, len(rows) - 1))
-    before = ranked(rows, **options)[rows[index]["config_id"]]["rank"]
-    rows[index] = rows[index] | {"nan_count": rows[index]["nan_count"] + 1}
-    assert ranked(rows, **options)[rows[index]["config_id"]]["rank"] >= before
 
 
 @settings(deadline=None, max_examples=100)
