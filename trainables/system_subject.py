@@ -77,7 +77,7 @@ def train_alone(member: Mapping[str, Any]) -> Weights:
 
 
 def _pack_config(member: Mapping[str, Any]) -> TrialConfig:
-    return TrialConfig(**{**_SMALL, "batch_size": 4, "max_epochs": 3, **member["config"]})
+    return TrialConfig(**{**_SMALL, "batch_size": 4, "max_epochs": 2, **member["config"]})
 
 
 def _build(config: TrialConfig) -> nn.Module:

@@ -14,6 +14,7 @@ from harness.robustness.law import BrokenLawError, Case, Property, Subject, libr
 # --- 30: what decides -----------------------------------------------------------------------------------
 
 TRIALS = 3
+# What a trial has met stays met: no harm takes a non-finite value back.
 HARMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "covers less": lambda row: {"coverage": row["coverage"] / 2},
     "errs more": lambda row: {"accepted_error": 2 * row["accepted_error"] + 0.25},
@@ -23,7 +24,11 @@ HARMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "overflows": lambda row: {"accepted_error": math.inf},
     "diverges": lambda row: {"status": "diverged", "nan_count": row["nan_count"] + 11},
     "abstains": lambda row: {"coverage": 0.0, "accepted_error": math.nan},
-    "fails uncounted": lambda row: {"status": "failed", "nan_count": None, "step_time_ms": math.nan},
+    "fails uncounted": lambda row: {
+        "status": "failed",
+        "nan_count": row["nan_count"] or None,
+        "step_time_ms": math.nan,
+    },
     "fails": lambda row: {"status": "failed", "coverage": math.nan, "accepted_error": math.nan},
 }
 
