@@ -272,13 +272,13 @@ def read_fragment(path: Path, *, kind: str, columns: Iterable[str] | None = None
         source = pa.BufferReader(path.read_bytes())
         with pq.ParquetFile(source, page_checksum_verification=True) as file:
             table = file.read(columns=None if columns is None else list(columns), use_threads=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a damaged column name
         reason = " ".join(str(error).split())
         raise RunReadError(f"{path} cannot be read as Parquet: {reason}") from error
     stamp = table.schema.metadata or {}
     if stamp.get(KIND_KEY) != kind.encode():
         raise RunReadError(f"{path} does not hold {kind} written by scm-harness")
-    version = stamp.get(VERSION_KEY, b"").decode()
+    version = stamp.get(VERSION_KEY, b"").decode(errors="replace")
     if not version.isdigit() or int(version) > SCHEMA_VERSION:
         raise RunReadError(
             f"{path} has schema version {version or 'none'}, this scm-harness reads up to {SCHEMA_VERSION}"

@@ -409,7 +409,7 @@ PLANTED: dict[str, tuple[str, dict[str, Any], Small]] = {
         lambda c: len(c["flat"]) <= 1,
     ),
     "by arrival": ("order_is_irrelevant", {"rank": rank_by_arrival}, lambda c: len(c["run"]) == 2),
-    "hidden failures": ("harm_never_helps", {"rank": rank_without_failures}, lambda c: len(c["run"]) <= 2),
+    "hidden failures": ("harm_never_helps", {"rank": rank_without_failures}, lambda c: len(c["run"]) <= 3),
     "fronts from the last": (
         "worse_config_changes_nothing",
         {"rank": rank_from_the_last},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -302,3 +303,14 @@ def test_a_filter_does_not_pass_over_nan(tmp_path, operator):
     x = pc.field("x")
     kept = pq.read_table(tmp_path, filters=x != 0.0 if operator == "!=" else ~(x <= 0.0))
     assert kept.column("n").to_pylist() == [2]
+
+
+def test_a_flip_in_the_footer_raises_nothing_but_a_read_error(tmp_path):
+    """The name of a column that is no text any more is damage as any other."""
+    path = tmp_path / "a.parquet"
+    write_table_atomically(pa.table({"loss": [1.0]}, metadata=row_schema({}).metadata), path)
+    content = path.read_bytes()
+    for at in range(content.index(b"loss"), len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x80]) + content[at + 1 :])
+        with contextlib.suppress(RunReadError):
+            fragments.read_fragment(path, kind="rows")
