@@ -209,8 +209,8 @@ STORAGE_LAWS: tuple[Property, ...] = (
     library_law(
         "damage_is_told",
         27,
-        "A file that was cut short, or has one bit of its values flipped, is refused or reads as it was; a flip "
-        "in its footer is refused or read, and nothing else is raised.",
+        "A file that was cut short, or has one bit of its values flipped, is refused or reads as it was; a "
+        "flip in its footer is refused or read, and nothing else is raised.",
         ("write_table", "read_table", "read_refusal"),
         _damages,
         _damage_is_told,
