@@ -65,10 +65,11 @@ class ProjectiveNormalize:
         """Return the representative, in the shapes and dtypes given."""
         if self.policy is GaugePolicy.CANONICAL_DENOMINATOR:
             return numerator, denominator
+        unit = _unit(numerator, denominator)
         # The square root has no derivative at 0; the zero tuple takes another branch, not a nan.
-        squared = _wide(numerator).square() + _wide(denominator).square()
+        squared = (_wide(numerator) / unit).square() + (_wide(denominator) / unit).square()
         is_zero = squared == 0
-        norm = torch.where(is_zero, 1.0, squared).sqrt()
+        norm = torch.where(is_zero, 1.0, squared).sqrt() * unit
         norm = torch.where(is_zero, 1.0, norm + self.gamma)
         if self.stop_gradient is not None:
             norm = self.stop_gradient(norm)
@@ -77,6 +78,13 @@ class ProjectiveNormalize:
 
 def _norm(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (_wide(numerator).square() + _wide(denominator).square()).sqrt()
+
+
+def _unit(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The larger member where squares would leave float64, else 1."""
+    top = torch.maximum(_wide(numerator.detach()).abs(), _wide(denominator.detach()).abs())
+    leaves = ((top > 1e150) | (top < 1e-150)) & (top > 0) & top.isfinite()
+    return torch.where(leaves, top, 1.0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -233,13 +233,12 @@ def _decode(
         fault = fault | ~torch.isfinite(V)
         semantic = semantic | (V == 0) | (V.abs() < threshold_in(tau, V.dtype))
 
-    # Dividing by 1 where the answer is thrown away keeps the division's gradient finite there.
-    unsafe = fault | semantic
-    quotient = torch.where(_under(unsafe, P), torch.zeros_like(P), P) / _under(
-        torch.where(unsafe, torch.ones_like(Q), Q), P
-    )
-    fault = fault | ~_reduce_all(torch.isfinite(quotient), Q.ndim)
+    fault = fault | (~semantic & ~_reduce_all(torch.isfinite(P.detach() / _under(Q.detach(), P)), Q.ndim))
     bottom = fault | semantic
+    # Dividing 0 by 1 where the answer is thrown away keeps the division's gradient finite there.
+    quotient = torch.where(_under(bottom, P), torch.zeros_like(P), P) / _under(
+        torch.where(bottom, torch.ones_like(Q), Q), P
+    )
     decoded = torch.where(_under(bottom, P), torch.full_like(quotient, math.nan), quotient)
 
     return InferenceResult(

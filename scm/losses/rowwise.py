@@ -192,11 +192,17 @@ def mean_over(
 
 
 def as_rows_of(gradient: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-    """Return the gradient with 0 outside of `mask`, in the shape and dtype of the tensor it belongs to."""
+    """Return the gradient with 0 outside of `mask`, in the shape and dtype of the tensor it belongs to.
+
+    What is too large for that dtype is its largest number.
+    """
     if mask is not None:
         gradient = torch.where(mask, gradient, 0.0)
     if gradient.shape != like.shape:
         gradient = gradient.sum_to_size(like.shape)
+    largest = torch.finfo(like.dtype).max
+    if largest < torch.finfo(gradient.dtype).max:
+        gradient = gradient.clamp(-largest, largest)
     return gradient.to(like.dtype)
 
 
