@@ -222,6 +222,18 @@ class StressedModel:
         """The model's answers on its val split."""
         return decode_split(self.model, self.splits["val"], tau_infer=self.config.tau_infer)
 
+    @property
+    def finite_of_val(self) -> Tensor:
+        """Which targets of the val split are finite, in the shape of the targets."""
+        return self.splits["val"].targets.mask_finite
+
+    @cached_property
+    def val_truth(self) -> Tensor:
+        """The targets of the val split as answers, in its dtype; NaN where they are not finite."""
+        targets = self.splits["val"].targets
+        quotient = (targets.Y_n / targets.Y_d).to(self.val_answer.decoded.dtype)
+        return torch.where(targets.mask_finite, quotient, math.nan)
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gave when it was first asked for under this name."""
         if name not in self._held:

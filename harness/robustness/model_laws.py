@@ -8,6 +8,7 @@ answering. The subject is a `trainables.stressed.StressedModel`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -386,6 +387,8 @@ def check_metrics_total(subject: Subject, case: Case) -> None:
     for name in ("accepted_error", "charged_error"):
         if found[name] < 0:
             raise BrokenLawError(f"{name} must be >= 0, got {found[name]:g}")
+    if math.isnan(found["charged_error"]) and bool(subject.finite_of_val[case["rows"]].any()):
+        raise BrokenLawError("charged_error must be a number where a row is finite, got nan")
 
 
 def check_metrics_ignore_bottoms(subject: Subject, case: Case) -> None:
@@ -415,44 +418,64 @@ def check_accepted_bottoms_are_seen(subject: Subject, case: Case) -> None:
         raise BrokenLawError(f"accepted_error of no answer must be NaN, got {found['accepted_error']:g}")
 
 
+def check_truth_scores_best(subject: Subject, case: Case) -> None:
+    """Answering the label of every finite row, and refusing the others, is charged no more than this."""
+    rows = case["rows"]
+    truth = subject.val_truth[rows]
+    if truth.shape != case["bottom"].shape:
+        raise DoesNotApplyError("targets are not of the shape of answers")
+    refused = truth.isnan()
+    best = subject.metrics(truth.nan_to_num(nan=0.0), refused, truth.nan_to_num(nan=1.0), rows)
+    found = subject.metrics(case["decoded"], case["bottom"], case["decoded"], rows)
+    slack = 1e-5 * (1.0 + abs(found["charged_error"]))
+    if best["charged_error"] > found["charged_error"] + slack:
+        raise BrokenLawError(
+            f"charged_error of the right answers must be the least, got {best['charged_error']:g}, and "
+            f"{found['charged_error']:g} of others"
+        )
+
+
 # --- its splits --------------------------------------------------------------------------------------------
 
 
-def shared_rows(subject: Subject) -> list[dict[str, Any]]:
-    """Rows that stand in the train split and in another, where there are more than chance makes.
+_PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
 
-    Rows that are equal by chance occur inside the train split as well: as many of the others' rows may occur
-    there as of its own do more than once, with three standard deviations to spare.
+
+def shared_rows(subject: Subject) -> list[dict[str, Any]]:
+    """Rows that stand in two splits, where there are more than chance makes.
+
+    Rows that are equal by chance occur inside a split as well: as many rows of another may occur in the first
+    of a pair as of its own do more than once, with three standard deviations to spare.
     """
     return list(subject.once("shared_rows", lambda: _shared_rows(subject)))
 
 
 def _shared_rows(subject: Subject) -> list[dict[str, Any]]:
-    train = subject.splits["train"]
-    own = row_bytes(train)
-    places: dict[bytes, int] = {}
-    counts: dict[bytes, int] = {}
-    for place, held in enumerate(own):
-        places.setdefault(held, place)
-        counts[held] = counts.get(held, 0) + 1
-    repeated = sum(count for count in counts.values() if count > 1) / max(1, len(own))
-    found = []
-    for name in ("val", "test"):
-        split = subject.splits[name]
-        shared = [(place, held) for place, held in enumerate(row_bytes(split)) if held in places]
-        expected = repeated * len(split)
-        if len(shared) <= expected + 3.0 * math.sqrt(expected + 1.0):
-            continue
-        found += [
-            {
-                "split": name,
-                "inputs": torch.stack([train.inputs[places[held]], split.inputs[place]]),
-                "Y_n": torch.stack([train.targets.Y_n[places[held]], split.targets.Y_n[place]]),
-                "rows": torch.tensor([places[held], place]),
-            }
-            for place, held in shared
-        ]
-    return found
+    held = {name: row_bytes(subject.splits[name]) for name in ("train", "val", "test")}
+    return [case for first, name in _PAIRS for case in _shared_by(subject, held, first, name)]
+
+
+def _shared_by(
+    subject: Subject, held: Mapping[str, list[bytes]], first: str, name: str
+) -> list[dict[str, Any]]:
+    one, other = subject.splits[first], subject.splits[name]
+    counts = Counter(held[first])
+    places = {row: place for place, row in reversed(list(enumerate(held[first])))}
+    repeated = sum(count for count in counts.values() if count > 1) / len(one)
+    shared = [(places[row], place) for place, row in enumerate(held[name]) if row in places]
+    expected = repeated * len(other)
+    if len(shared) <= expected + 3.0 * math.sqrt(expected + 1.0):
+        return []
+    return [
+        {
+            "first": first,
+            "split": name,
+            "inputs": torch.stack([one.inputs[at], other.inputs[place]]),
+            "Y_n": torch.stack([one.targets.Y_n[at], other.targets.Y_n[place]]),
+            "rows": torch.tensor([at, place]),
+        }
+        for at, place in shared
+    ]
 
 
 def split_cases(subject: Subject) -> SearchStrategy[Case]:
@@ -461,29 +484,34 @@ def split_cases(subject: Subject) -> SearchStrategy[Case]:
     if found:
         return st.sampled_from(found)
     val = subject.splits["val"]
-    return st.just({"split": "val", "inputs": val.inputs[:1], "Y_n": val.targets.Y_n[:1]})
+    return st.just({"first": "train", "split": "val", "inputs": val.inputs[:1], "Y_n": val.targets.Y_n[:1]})
 
 
 def check_splits_apart(subject: Subject, case: Case) -> None:
-    """No row to train on is one to judge by."""
+    """No row to train on is one to judge by, and none to choose by is one to report."""
     for other in shared_rows(subject):
-        if other["split"] == case["split"] and torch.equal(other["inputs"][-1], case["inputs"][-1]):
+        same_pair = (other["first"], other["split"]) == (case["first"], case["split"])
+        if same_pair and torch.equal(other["inputs"][-1], case["inputs"][-1]):
             place = other["rows"].tolist()
             raise BrokenLawError(
-                f"the splits must be disjoint, got row {place[0]} of train again as row {place[1]} of "
-                f"{case['split']}, more often than equal rows occur within train"
+                f"the splits must be disjoint, got row {place[0]} of {case['first']} again as row {place[1]} "
+                f"of {case['split']}, more often than equal rows occur within {case['first']}"
             )
 
 
 def leaking_columns(subject: Subject) -> list[dict[str, Any]]:
-    """Inputs that are a target of the val split, up to a factor and a shift, on all of its finite rows.
+    """Inputs that give a label of the val split away.
 
-    Only of targets with as many values as `_LEAST_VALUES`: of fewer, an input may be one by chance.
+    Those that are a target, up to a factor and a shift, on all of its finite rows; and those that have one
+    value wherever the target is finite and another wherever it is a bottom (missing ones, such as padding,
+    may well show among the inputs). Only where there are `_LEAST_VALUES`
+    different targets, or rows of either kind: of fewer, an input may be the label by chance.
     """
     return list(subject.once("leaking_columns", lambda: _leaking_columns(subject)))
 
 
 _LEAST_VALUES = 8
+_LABELS = {"target": "a linear function of target", "status": "whether there is a bottom at target"}
 
 
 def _leaking_columns(subject: Subject) -> list[dict[str, Any]]:
@@ -491,20 +519,41 @@ def _leaking_columns(subject: Subject) -> list[dict[str, Any]]:
     inputs = split.inputs.to(torch.float64).flatten(1)
     values = split.targets.Y_n.reshape(len(split), -1).to(torch.float64)
     finite = split.targets.mask_finite.reshape(len(split), -1)
+    bottom = split.targets.mask_bottom.reshape(len(split), -1)
     found = []
     for output in range(values.shape[1]):
         rows = finite[:, output].nonzero().squeeze(1)
-        value = values[rows, output]
-        if len(value.unique()) < _LEAST_VALUES:
-            continue
-        held = inputs[rows] - inputs[rows].mean(0)
-        value = value - value.mean()
-        alike = (held.T @ value).abs() / (held.norm(dim=0) * value.norm())
-        for column in (alike > 1 - 1e-9).nonzero().squeeze(1).tolist():  # NaN, of a constant column, is not
-            ends = rows[torch.stack([value.argmin(), value.argmax()])]
-            place = {"column": column, "output": output}
+        columns = [("target", *held) for held in _same_as_target(inputs, values[:, output], rows)]
+        columns += [
+            ("status", *held) for held in _same_as_status(inputs, finite[:, output], bottom[:, output])
+        ]
+        for label, column, ends in columns:
+            place = {"label": label, "column": column, "output": output}
             found.append(place | {"inputs": split.inputs[ends], "Y_n": split.targets.Y_n[ends]})
     return found
+
+
+def _same_as_target(inputs: Tensor, values: Tensor, rows: Tensor) -> list[tuple[int, Tensor]]:
+    """Columns that are the target on these rows, with the two rows farthest apart."""
+    value = values[rows]
+    if len(value.unique()) < _LEAST_VALUES:
+        return []
+    ends = rows[torch.stack([value.argmin(), value.argmax()])]
+    held = inputs[rows] - inputs[rows].mean(0)
+    value = value - value.mean()
+    alike = (held.T @ value).abs() / (held.norm(dim=0) * value.norm())
+    # NaN, of a constant column, is not.
+    return [(column, ends) for column in (alike > 1 - 1e-9).nonzero().squeeze(1).tolist()]
+
+
+def _same_as_status(inputs: Tensor, finite: Tensor, bottom: Tensor) -> list[tuple[int, Tensor]]:
+    """Columns of one value on the finite rows and another on the bottoms, with a row of each."""
+    if min(int(finite.sum()), int(bottom.sum())) < _LEAST_VALUES:
+        return []
+    ends = torch.stack([finite.to(torch.int8).argmax(), bottom.to(torch.int8).argmax()])
+    first, second = inputs[ends]
+    same = (inputs[finite] == first).all(0) & (inputs[bottom] == second).all(0) & (first != second)
+    return [(column, ends) for column in same.nonzero().squeeze(1).tolist()]
 
 
 def column_cases(subject: Subject) -> SearchStrategy[Case]:
@@ -512,15 +561,16 @@ def column_cases(subject: Subject) -> SearchStrategy[Case]:
     if not subject.is_float:
         raise DoesNotApplyError("inputs that are no floats are not compared with targets")
     found = leaking_columns(subject)
-    return st.sampled_from(found) if found else st.just({"column": 0, "output": 0})
+    return st.sampled_from(found) if found else st.just({"label": "target", "column": 0, "output": 0})
 
 
 def check_label_not_an_input(subject: Subject, case: Case) -> None:
     """No input gives the answer away."""
+    keys = ("label", "column", "output")
     for other in leaking_columns(subject):
-        if (other["column"], other["output"]) == (case["column"], case["output"]):
+        if all(other[key] == case[key] for key in keys):
             raise BrokenLawError(
-                f"no input may hold the label, got input {case['column']} a linear function of target "
+                f"no input may hold the label, got input {case['column']} {_LABELS[case['label']]} "
                 f"{case['output']} on the val split"
             )
 
@@ -612,7 +662,18 @@ MODEL_LAWS: Mapping[str, Property] = {
             decoded_cases,
             check_accepted_bottoms_are_seen,
         ),
-        _law("splits_are_disjoint", "No row is in two splits.", split_cases, check_splits_apart),
+        _law(
+            "right_answers_score_best",
+            "No answers are charged less than the labels themselves.",
+            decoded_cases,
+            check_truth_scores_best,
+        ),
+        _law(
+            "splits_are_disjoint",
+            "No row is in two splits, beyond what chance makes.",
+            split_cases,
+            check_splits_apart,
+        ),
         _law("labels_are_no_inputs", "No input is the label.", column_cases, check_label_not_an_input),
         _law(
             "splits_repeat",

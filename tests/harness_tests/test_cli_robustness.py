@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from harness.cli.main import main
+from harness.errors import UserError
+from harness.robustness import examined, stress
 from reports.robustness_findings import read_counterexamples, read_verdicts
 from trainables import loading
 from trainables.trained import read_trained, write_trained
@@ -66,6 +69,14 @@ class Planted:
         return standard_metrics(
             decoded.decoded, ~decoded.bottom, split.extras["value"], split.extras["status"], baseline=1.0
         )
+"""
+
+RAISING = """
+class Raising:
+    name = error_unit = "raising"
+    __init__ = lambda self, params: None
+    splits = lambda self, seed: {}["no data"]
+    build_model = make_loss = metrics = splits
 """
 
 DECODES_ZERO = """
@@ -223,6 +234,36 @@ Planted.metrics = metrics
     assert "no such instrument" in capsys.readouterr().out
 
 
+def test_an_interrupt_keeps_the_verdicts_that_were_reached(
+    planted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 130; the laws that were tried are on the disk, whole, with the model."""
+    tried = stress.try_property
+
+    def interrupted(law: Any, *rest: Any, **more: Any) -> Any:
+        if law.name == "metrics_are_total":
+            raise KeyboardInterrupt
+        return tried(law, *rest, **more)
+
+    monkeypatch.setattr(stress, "try_property", interrupted)
+    assert main(laws_alone(planted(DIVIDES))) == 130
+    assert "interrupted" in capsys.readouterr().err
+    verdicts = read_verdicts(Path("found")).to_pylist()
+    assert verdicts[-1]["property"] == "loss_is_finite"
+    (case,) = read_counterexamples(Path("found")).to_pylist()
+    assert main(case["replay"].split()[1:]) == 1
+
+
+def test_no_feasible_config_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run all of whose trials failed leaves nothing to examine: exit code 5."""
+    monkeypatch.setattr(examined, "read_rows", lambda folder: None)
+    monkeypatch.setattr(examined, "rank", lambda rows, options: pa.table({"feasible": [False]}))
+    (tmp_path / "plan.yaml").write_text("task: {name: dose}\nspace: [optimizer]\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no config of .* is feasible") as caught:
+        examined.find_examined(tmp_path, top=3, seeds=2)
+    assert caught.value.exit_code == 5
+
+
 class Trap:
     """What a pickle would run."""
 
@@ -320,6 +361,14 @@ def test_a_checkpoint_of_a_training_is_examined_with_its_plan(planted: Callable[
         (["wrong_knob.yaml"], 2, "unknown knob 'hiden_width'"),
         (["no_task.yaml"], 2, "task must be a mapping with a name"),
         (["unknown_task.yaml"], 2, "unknown task 'tabel'"),
+        (["list.yaml"], 2, "a config is a mapping with task, config, seeds, got list"),
+        (["broken.yaml"], 2, "not YAML"),
+        (["raises.yaml"], 2, "task raising:Raising: KeyError: 'no data' (raising.py:5)"),
+        (["fails.yaml"], 2, "module 'failing' fails on import: RuntimeError: no licence"),
+        (["run_without_rows"], 4, "it holds no rows/"),
+        (["run_with_damage"], 4, "cannot be read as Parquet"),
+        (["config.yaml", "--out", "config.yaml"], 4, "config.yaml cannot be written"),
+        (["config.yaml", "--top", "0"], 2, "must be a positive number or all, got '0'"),
         ([], 2, "name a run folder, a config file or a checkpoint"),
         (["config.yaml", "--seed", "-1"], 2, "must be a whole number"),
     ],
@@ -338,7 +387,18 @@ def test_bad_input_is_one_line_with_its_exit_code(
         "wrong_knob": "task: {name: table}\nconfig: {hiden_width: 3}\n",
         "no_task": "config: {hidden_width: 3}\n",
         "unknown_task": "task: {name: tabel}\nconfig: {hidden_width: 3}\n",
+        "list": "- table\n",
+        "broken": "task: [table\n",
+        "raises": "task: {name: 'raising:Raising'}\n",
+        "fails": "task: {name: 'failing:Failing'}\n",
     }
+    Path("raising.py").write_text(RAISING, encoding="utf-8")
+    Path("failing.py").write_text("raise RuntimeError('no licence')\n", encoding="utf-8")
+    for run in ("run_without_rows", "run_with_damage"):
+        Path(run).mkdir()
+        Path(run, "plan.yaml").write_text("task: {name: 'planted:Planted'}\nspace: [optimizer]\n")
+    Path("run_with_damage/rows").mkdir()
+    Path("run_with_damage/rows/a.parquet").write_bytes(b"no Parquet")
     for name, text in texts.items():
         Path(f"{name}.yaml").write_text(text, encoding="utf-8")
     before = sorted(os.listdir())

@@ -12,18 +12,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.plan import load_plan
 from harness.robustness.model_laws import MODEL_LAWS
 from harness.robustness.search import BROKEN, HOLDS, NOT_APPLICABLE, try_property
 from scm.data import Split
+from scm.training.targets import lift_semantic_targets
 from trainables.stressed import StressedModel
 from trainables.trained import Trained, train_models
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SHORT = {"max_epochs": 1, "hidden_width": 8}
+
+
+def table_of(plan: str) -> dict[str, Any]:
+    """The task of an example's plan."""
+    task = load_plan(EXAMPLES / plan).task
+    return {"name": task.name, "params": task.params}
+
+
 TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dose": ({"name": "dose", "params": {}, "base_dir": "."}, SHORT),
     "rf": ({"name": "rf", "params": {}, "base_dir": "."}, SHORT),
     "rr_ik": ({"name": "rr_ik", "params": {}, "base_dir": "."}, SHORT),
+    "grid": (
+        {"name": "grid", "params": {"data": "../data/grids.json"}, "base_dir": str(EXAMPLES)},
+        SHORT | {"batch_size": 8},
+    ),
+    "nh4": ({**table_of("nh4.yaml"), "base_dir": str(EXAMPLES)}, SHORT),
+    "gbsg2": ({**table_of("gbsg2.yaml"), "base_dir": str(EXAMPLES)}, SHORT),
     "lens": ({"name": "own_task:LensTask", "params": {"rows": 90}, "base_dir": str(EXAMPLES)}, SHORT),
 }
 
@@ -135,6 +151,30 @@ def with_label(held: Trained) -> StressedModel:
     return with_splits(held, val=Split(inputs, val.targets, val.extras))
 
 
+def with_status(held: Trained) -> StressedModel:
+    val = held.splits["val"]
+    status = torch.arange(len(val)) % 2  # codes of finite and bottom
+    targets = lift_semantic_targets(val.extras["value"].nan_to_num(nan=1.0), status)
+    inputs = torch.cat([val.inputs[:, :1], 2.0 + 3.0 * status[:, None]], dim=1)
+    return with_splits(held, val=Split(inputs, targets, {**val.extras, "status": status}))
+
+
+def rewards_garbage(held: Trained) -> StressedModel:
+    def metrics(decoded: Any, split: Split, config: Any) -> Mapping[str, float]:
+        found = held.task.metrics(decoded, split, config)
+        return found | {"charged_error": 1.0 / (1.0 + found["charged_error"])}
+
+    return with_task(held, metrics=metrics)
+
+
+def charges_nothing(held: Trained) -> StressedModel:
+    def metrics(decoded: Any, split: Split, config: Any) -> Mapping[str, float]:
+        found = held.task.metrics(decoded, split, config)
+        return found | {"charged_error": found["accepted_error"]}
+
+    return with_task(held, metrics=metrics)
+
+
 def drawn_anew(held: Trained) -> StressedModel:
     calls = iter(range(100, 200))
     return with_task(held, splits=lambda seed: held.task.splits(next(calls)))
@@ -167,6 +207,7 @@ PLANTED: dict[str, Callable[[Trained], StressedModel]] = {
     "metrics_are_total": refuses_few,
     "metrics_ignore_bottoms": reads_payload,
     "refusing_all_is_seen": answers_zero,
+    "right_answers_score_best": rewards_garbage,
     "splits_are_disjoint": lambda held: with_splits(held, test=held.splits["train"]),
     "labels_are_no_inputs": with_label,
     "splits_repeat": drawn_anew,
@@ -187,6 +228,29 @@ def test_each_law_finds_its_bug_in_few_rows(law: str, lens: Trained) -> None:
     rows = [len(value) for value in found.case.values() if isinstance(value, Tensor)]
     # Rows at the threshold may change sides with the size of their batch, and then need company.
     assert max(rows, default=0) <= (3 if law == "bottoms_grow_with_tau" else 2)
+
+
+@pytest.mark.parametrize(
+    ("law", "plant", "message"),
+    [
+        (
+            "splits_are_disjoint",
+            lambda held: with_splits(held, test=held.splits["val"]),
+            "got row 0 of val again as row 0 of test",
+        ),
+        ("labels_are_no_inputs", with_status, "got input 1 whether there is a bottom at target"),
+        ("metrics_are_total", charges_nothing, "charged_error must be a number"),
+    ],
+)
+def test_other_ways_to_break_a_law_are_found(
+    law: str, plant: Callable[[Trained], StressedModel], message: str, lens: Trained
+) -> None:
+    """A leak between val and test, the status among the inputs, abstentions that are charged nothing."""
+    found = try_property(MODEL_LAWS[law], plant(lens), examples=60)
+    assert found.status == BROKEN
+    assert message in found.message
+    assert found.case is not None
+    assert max(len(value) for value in found.case.values() if isinstance(value, Tensor)) <= 2
 
 
 def test_rows_at_the_threshold_lie_on_both_sides_of_it(lens: Trained) -> None:

@@ -58,6 +58,10 @@ class Task(Protocol):
     would return for each. Without it, `metrics` is called trial by trial, which in a pack of small models
     may take longer than the training.
 
+    And a method ``decode(P, Q, tau_infer)``, where those who use the model decode by rules of the task's
+    own: it returns answers and which of them are accepted (bool). Trials are scored by strict decoding with
+    or without it; `scm-harness robustness` tries that it accepts nothing that strict decoding refuses.
+
     And a method ``shifts(seed)``, which maps names to sequences of ``(level, Split)``: data further and
     further from those of training, drawn anew, with the true labels. Each sequence is in the order of growing
     shift; `level` is a number that grows or falls with it, in a unit of the task's own, and None where the
