@@ -46,7 +46,8 @@ class ProjectiveNormalize:
     """Replace a tuple by the representative that `policy` names.
 
     canonical_denominator: the tuple itself. unit_l2_projective and angular_unit_circle: the tuple on the
-    unit circle, with the gradient of the norm (stopped when `stop_gradient` is given); (0, 0) stays.
+    unit circle, with the gradient of the norm (stopped when `stop_gradient` is given); (0, 0) stays, and in
+    float64 so does a tuple whose squares are 0, as zero.
     """
 
     policy: GaugePolicy | str = GaugePolicy.CANONICAL_DENOMINATOR
@@ -81,10 +82,9 @@ def _norm(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _unit(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The larger member where squares would leave float64, else 1."""
+    """The larger member where its square would be infinite in float64, else 1."""
     top = torch.maximum(_wide(numerator.detach()).abs(), _wide(denominator.detach()).abs())
-    leaves = ((top > 1e150) | (top < 1e-150)) & (top > 0) & top.isfinite()
-    return torch.where(leaves, top, 1.0)
+    return torch.where((top > 1e150) & top.isfinite(), top, 1.0)
 
 
 def _wide(x: Tensor) -> Tensor:
