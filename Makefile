@@ -51,6 +51,7 @@ bench-quick: setup
 	$(BIN)/python benchmarks/failure_modes.py --quick
 	$(BIN)/python benchmarks/coverage_control.py --quick
 	$(BIN)/python benchmarks/sweep_throughput.py --quick
+	$(BIN)/python benchmarks/peer_counterexamples.py --quick
 
 mutation: setup
 	$(BIN)/python benchmarks/mutation.py --quick

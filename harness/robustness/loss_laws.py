@@ -66,7 +66,9 @@ def gradients_of(loss: Tensor, *of: Tensor) -> list[Tensor]:
     """Gradients of a loss, zeros where it has none."""
     if not loss.requires_grad:
         return [torch.zeros_like(leaf) for leaf in of]
-    return list(torch.autograd.grad(loss, of, allow_unused=True, materialize_grads=True))
+    # Kept, because several losses of one call may share what they were computed from.
+    found = torch.autograd.grad(loss, of, allow_unused=True, materialize_grads=True, retain_graph=True)
+    return list(found)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

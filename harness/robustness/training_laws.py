@@ -1,7 +1,7 @@
 """Laws of trainings: the multiplier that follows the coverage, packs, micro-batches and going on.
 
 Histories of operations are in `machines`. Where a default of ours cannot satisfy a law, it is stated for the
-setting that does, and the limit is in docs/robustness_laws_system.md.
+setting that does, and the limit is in docs/robustness_laws.md.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ def absent(*options: str) -> list[tuple[list[str], str]]:
 REFUSED: dict[str, list[tuple[list[str], str]]] = {
     "step_time": [NUMBERED, NOT_HERE, *absent("--json")],
     "peer_domains": [*WORKERS, *absent("--json")],
+    "peer_counterexamples": [*absent("--json", "--markdown")],
     "coverage_control": [*WORKERS, *absent("--json")],
     "failure_modes": [
         NUMBERED,
