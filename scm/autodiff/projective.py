@@ -66,15 +66,20 @@ class ProjectiveNormalize:
         """Return the representative, in the shapes and dtypes given."""
         if self.policy is GaugePolicy.CANONICAL_DENOMINATOR:
             return numerator, denominator
-        unit = _unit(numerator, denominator)
+        members: tuple[Tensor, Tensor] = _wide(numerator), _wide(denominator)
+        gamma: Tensor | float = self.gamma
+        if torch.float64 in (numerator.dtype, denominator.dtype):  # of others, no square leaves float64
+            unit = _unit(*members)
+            members, gamma = (members[0] / unit, members[1] / unit), self.gamma / unit
         # The square root has no derivative at 0; the zero tuple takes another branch, not a nan.
-        squared = (_wide(numerator) / unit).square() + (_wide(denominator) / unit).square()
+        squared = members[0].square() + members[1].square()
         is_zero = squared == 0
-        norm = torch.where(is_zero, 1.0, squared).sqrt() * unit
-        norm = torch.where(is_zero, 1.0, norm + self.gamma)
+        norm = torch.where(is_zero, 1.0, squared).sqrt()
+        norm = torch.where(is_zero, 1.0, norm + gamma)
         if self.stop_gradient is not None:
             norm = self.stop_gradient(norm)
-        return tuple(torch.where(is_zero, 0.0, _divide(member, norm)) for member in (numerator, denominator))  # type: ignore[return-value]
+        P, Q = (torch.where(is_zero, 0.0, member / norm) for member in members)
+        return P.to(numerator.dtype), Q.to(denominator.dtype)
 
 
 def _norm(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def _norm(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def _unit(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The larger member where its square would be infinite in float64, else 1."""
-    top = torch.maximum(_wide(numerator.detach()).abs(), _wide(denominator.detach()).abs())
+    top = torch.maximum(numerator.detach().abs(), denominator.detach().abs())
     return torch.where((top > 1e150) & top.isfinite(), top, 1.0)
 
 
