@@ -528,3 +528,18 @@ def test_censored_decoding_refuses_numerators_of_another_shape():
     """P and Q share one shape here."""
     with pytest.raises(ValueError, match=r"P and Q must have one shape, got \(2, 1\) and \(2,\)"):
         decode_strict_censored_3way(torch.ones(2, 1), torch.ones(2), tau_infer=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_quotient_that_overflows_is_bottom_and_has_no_gradient(dtype: torch.dtype) -> None:
+    """What is refused pulls nothing, and leaves the other rows their own gradients."""
+    largest = torch.finfo(dtype).max
+    P = torch.tensor([largest / 2, 3.0], dtype=dtype, requires_grad=True)
+    Q = torch.tensor([1e-6, 2.0], dtype=dtype, requires_grad=True)
+    decoded, bottom, _ = strict_inference(P, Q, InferenceConfig(tau_infer=1e-9))
+    assert bottom.tolist() == [True, False]
+    torch.where(bottom, 0.0, decoded).sum().backward()
+    assert P.grad is not None
+    assert Q.grad is not None
+    assert P.grad.tolist() == [0.0, 0.5]
+    assert Q.grad.tolist() == [0.0, -0.75]

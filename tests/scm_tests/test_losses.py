@@ -1141,3 +1141,17 @@ def test_complex_tuples_are_refused():
     """The orientation of a complex tuple is not defined here."""
     with pytest.raises(TypeError, match="must be real"):
         sign_consistency_loss(ONE.to(torch.complex64), ONE, ONE, ONE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_gradient_too_large_for_its_dtype_is_the_largest_number_there(dtype: torch.dtype) -> None:
+    """At the origin, with gamma 0, the orientation term is steeper than half precision can say."""
+    P = torch.zeros(1, dtype=dtype, requires_grad=True)
+    Q = torch.zeros(1, dtype=dtype, requires_grad=True)
+    zero, one = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
+    sign_consistency_loss(P, Q, zero, one, 0.0, torch.tensor([True])).backward()
+    assert P.grad is not None
+    assert Q.grad is not None
+    assert bool(P.grad.isfinite().all())
+    assert bool(Q.grad.isfinite().all())
+    assert float(Q.grad) < 0
