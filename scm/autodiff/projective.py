@@ -46,8 +46,7 @@ class ProjectiveNormalize:
     """Replace a tuple by the representative that `policy` names.
 
     canonical_denominator: the tuple itself. unit_l2_projective and angular_unit_circle: the tuple on the
-    unit circle, with the gradient of the norm (stopped when `stop_gradient` is given); (0, 0) stays, and in
-    float64 so does a tuple whose squares are 0, as zero.
+    unit circle, with the gradient of the norm (stopped when `stop_gradient` is given); (0, 0) stays.
     """
 
     policy: GaugePolicy | str = GaugePolicy.CANONICAL_DENOMINATOR
@@ -66,30 +65,18 @@ class ProjectiveNormalize:
         """Return the representative, in the shapes and dtypes given."""
         if self.policy is GaugePolicy.CANONICAL_DENOMINATOR:
             return numerator, denominator
-        members: tuple[Tensor, Tensor] = _wide(numerator), _wide(denominator)
-        gamma: Tensor | float = self.gamma
-        if torch.float64 in (numerator.dtype, denominator.dtype):  # of others, no square leaves float64
-            unit = _unit(*members)
-            members, gamma = (members[0] / unit, members[1] / unit), self.gamma / unit
         # The square root has no derivative at 0; the zero tuple takes another branch, not a nan.
-        squared = members[0].square() + members[1].square()
+        squared = _wide(numerator).square() + _wide(denominator).square()
         is_zero = squared == 0
         norm = torch.where(is_zero, 1.0, squared).sqrt()
-        norm = torch.where(is_zero, 1.0, norm + gamma)
+        norm = torch.where(is_zero, 1.0, norm + self.gamma)
         if self.stop_gradient is not None:
             norm = self.stop_gradient(norm)
-        P, Q = (torch.where(is_zero, 0.0, member / norm) for member in members)
-        return P.to(numerator.dtype), Q.to(denominator.dtype)
+        return tuple(torch.where(is_zero, 0.0, _divide(member, norm)) for member in (numerator, denominator))  # type: ignore[return-value]
 
 
 def _norm(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (_wide(numerator).square() + _wide(denominator).square()).sqrt()
-
-
-def _unit(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The larger member where its square would be infinite in float64, else 1."""
-    top = torch.maximum(numerator.detach().abs(), denominator.detach().abs())
-    return torch.where((top > 1e150) & top.isfinite(), top, 1.0)
 
 
 def _wide(x: Tensor) -> Tensor:
