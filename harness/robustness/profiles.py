@@ -19,7 +19,7 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    "smoke": Profile("smoke", 20, 2, "all", "every property on 20 cases, seconds"),
+    "smoke": Profile("smoke", 20, 2, "all:high", "every property on 20 cases, seconds"),
     "ci": Profile("ci", 200, 3, "all", "every property on 200 cases, a minute or two"),
     "nightly": Profile("nightly", 20_000, 5, "all", "every property on 20,000 cases, hours"),
 }
