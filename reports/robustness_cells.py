@@ -31,7 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reports.fragments import read_fragment, write_table_atomically
-from reports.schema import KIND_KEY, SCHEMA_VERSION, TYPES, VERSION_KEY, Column, nearest_name
+from reports.schema import Column, nearest_name, stamped_schema
 
 CELLS_FILE = "cells.parquet"
 SCORES_FILE = "scores.parquet"
@@ -134,12 +134,12 @@ Floats = npt.NDArray[np.float64]
 
 def cell_schema() -> pa.Schema:
     """The columns of cells, with what they mean and in which unit."""
-    return _schema(CELL_COLUMNS, "cells")
+    return stamped_schema(CELL_COLUMNS, "cells")
 
 
 def score_schema() -> pa.Schema:
     """The columns of scores, with what they mean and in which unit."""
-    return _schema(SCORE_COLUMNS, "scores")
+    return stamped_schema(SCORE_COLUMNS, "scores")
 
 
 def write_cells(folder: Path, rows: Iterable[Cell]) -> Path:
@@ -413,19 +413,6 @@ def _share(part: float, whole: float) -> float:
 
 def _or(value: float, otherwise: float) -> float:
     return value if math.isfinite(value) else otherwise
-
-
-def _schema(columns: Iterable[Column], kind: str) -> pa.Schema:
-    fields = [
-        pa.field(
-            column.name,
-            TYPES[column.type_name],
-            nullable=not column.required,
-            metadata={"meaning": column.meaning, "unit": column.unit},
-        )
-        for column in columns
-    ]
-    return pa.schema(fields, metadata={KIND_KEY: kind.encode(), VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
 
 def _write(folder: Path, name: str, table: pa.Table) -> Path:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reports.fragments import read_fragment, write_table_atomically
-from reports.schema import KIND_KEY, SCHEMA_VERSION, TYPES, VERSION_KEY, Column, nearest_name
+from reports.schema import Column, nearest_name, stamped_schema
 
 SHIFT_FILE = "shift.parquet"
 SHIFT_KIND = "robustness_shift"
@@ -51,23 +51,11 @@ SHIFT_COLUMNS: tuple[Column, ...] = (
     Column("bottoms_far", "float64", "bottoms, among all other rows", "share"),
     Column("error", "string", "what the task raised instead of an answer, else empty"),
 )
-_TYPES = {**TYPES, "floats": pa.list_(pa.float64())}
 
 
 def shift_schema() -> pa.Schema:
     """The schema of shift.parquet; NaN is a figure that is not finite, null one that does not apply."""
-    fields = [
-        pa.field(
-            column.name,
-            _TYPES[column.type_name],
-            nullable=not column.required,
-            metadata={"meaning": column.meaning, "unit": column.unit},
-        )
-        for column in SHIFT_COLUMNS
-    ]
-    return pa.schema(
-        fields, metadata={KIND_KEY: SHIFT_KIND.encode(), VERSION_KEY: str(SCHEMA_VERSION).encode()}
-    )
+    return stamped_schema(SHIFT_COLUMNS, SHIFT_KIND)
 
 
 def write_shift(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

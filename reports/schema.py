@@ -34,6 +34,7 @@ TYPES: dict[str, pa.DataType] = {
     "string": pa.string(),
     "bool": pa.bool_(),
     "timestamp": pa.timestamp("us", tz="UTC"),
+    "floats": pa.list_(pa.float64()),
 }
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from harness.robustness.cases import decode_case, encode_case
-from harness.robustness.law import Property
+from harness.robustness.law import BrokenLawError, Property
 from harness.robustness.machines import MACHINES, Machine, state_machine
 from harness.robustness.own_system import RowStore, own_system
 from harness.robustness.profiles import PROFILES
@@ -54,20 +54,6 @@ def test_the_laws_of_the_system_hold(prop: Property) -> None:
 def test_the_laws_of_the_system_hold_on_many_cases(prop: Property) -> None:
     """On as many cases as the profile "ci" asks for, or that of SCM_HARNESS_PROFILE."""
     assert_holds(prop, PROFILES[os.environ.get("SCM_HARNESS_PROFILE", "ci")].examples)
-
-
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
-def test_the_machines_run_under_hypothesis_too(machine: Machine) -> None:
-    """The same rules as a RuleBasedStateMachine."""
-    few = settings(
-        max_examples=5,
-        stateful_step_count=10,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(state_machine(machine, OWN), settings=few)
 
 
 def test_names_and_groups_are_those_of_the_table() -> None:
@@ -479,3 +465,38 @@ def test_the_asymmetric_rule_cannot_satisfy_the_law_of_noise() -> None:
 def test_differences_are_seen_to_the_last_bit(one: Any, other: Any, said: str | None) -> None:
     """Values are the same only where nothing can tell them apart."""
     assert first_difference(one, other) == said
+
+
+MACHINE_SETTINGS = settings(
+    max_examples=5,
+    stateful_step_count=10,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+def test_the_machines_run_under_hypothesis_too(machine: Machine) -> None:
+    """The same rules as a RuleBasedStateMachine: histories are begun, and every operation is a rule of it."""
+    begun = []
+    made = state_machine(machine, OWN)
+
+    class Counted(made):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            begun.append(self)
+
+    run_state_machine_as_test(Counted, settings=MACHINE_SETTINGS)
+    assert len(begun) >= MACHINE_SETTINGS.max_examples
+    assert all(hasattr(Counted, name) for name in machine.operations)
+
+
+def test_a_machine_under_hypothesis_finds_the_defect_of_a_store() -> None:
+    """What breaks the law of its histories breaks a run of its rules."""
+    (machine,) = [machine for machine in MACHINES if machine.name == "store_history"]
+    made = state_machine(machine, own_system(open_store=KeepsInMemory))
+    many = settings(MACHINE_SETTINGS, max_examples=100)
+    with pytest.raises(BrokenLawError):
+        run_state_machine_as_test(made, settings=many)
