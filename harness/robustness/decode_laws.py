@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.robustness.edge_values import batches, reversed_rows
-from harness.robustness.law import BrokenLawError, Case, Property, Subject
-from harness.robustness.loss_laws import gradients_of, leaves, on, same
+from harness.robustness.law import BrokenLawError, Case, Property, Subject, library_law
+from harness.robustness.tensors import gradients_of, leaves, on, same
 
 PARTS = ("decoded", "bottom_mask", "gap_mask", "fault_mask", "semantic_bottom_mask")
 
@@ -191,7 +191,7 @@ def _masks_partition_the_batch(subject: Subject, case: Case) -> None:
 def _law(
     name: str, group: int, law: str, cases: Any, check: Any, needs: tuple[str, ...] = ("decode",)
 ) -> Property:
-    return Property(name=name, group=group, law=law, of="library", needs=needs, cases=cases, check=check)
+    return library_law(name, group, law, needs, cases, check)
 
 
 def _rows(*near: str, **plain: Any) -> Callable[[Subject], Any]:

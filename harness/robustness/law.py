@@ -53,11 +53,12 @@ def library_law(
     name: str,
     group: int,
     law: str,
-    needs: tuple[str, ...],
+    needs: str | tuple[str, ...],
     cases: Callable[[Subject], SearchStrategy[Case]],
     check: Callable[[Subject, Case], None],
 ) -> Property:
     """A property about a library, in the order in which a table of them reads well."""
+    needs = (needs,) if isinstance(needs, str) else needs
     return Property(name=name, group=group, law=law, of="library", needs=needs, cases=cases, check=check)
 
 

@@ -19,8 +19,8 @@ from harness.robustness.edge_values import (
     ordinary_values,
     ulps,
 )
-from harness.robustness.law import BrokenLawError, Case, Property, Subject
-from harness.robustness.loss_laws import gradients_of, on
+from harness.robustness.law import BrokenLawError, Case, Property, Subject, library_law
+from harness.robustness.tensors import gradients_of, on
 
 THRESHOLD = 1e-6  # below which a denominator of a rational layer counts as 0
 
@@ -136,7 +136,7 @@ def _dtypes(subject: Subject) -> list[torch.dtype]:
 
 
 def _law(name: str, law: str, needs: str, cases: Any, check: Any) -> Property:
-    return Property(name=name, group=31, law=law, of="library", needs=(needs,), cases=cases, check=check)
+    return library_law(name, 31, law, needs, cases, check)
 
 
 @st.composite

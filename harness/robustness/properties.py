@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from harness.robustness.coverage_laws import COVERAGE_LAWS
 from harness.robustness.decode_laws import DECODE_LAWS
 from harness.robustness.law import Property
 from harness.robustness.layer_laws import LAYER_LAWS
 from harness.robustness.loss_laws import LOSS_LAWS
+from harness.robustness.policy_laws import POLICY_LAWS
 from harness.robustness.target_laws import TARGET_LAWS
 
 
@@ -20,5 +22,7 @@ def _by_name(laws: Iterable[Property]) -> dict[str, Property]:
     return table
 
 
-PROPERTIES: dict[str, Property] = _by_name([*LOSS_LAWS, *DECODE_LAWS, *TARGET_LAWS, *LAYER_LAWS])
+PROPERTIES: dict[str, Property] = _by_name(
+    [*LOSS_LAWS, *COVERAGE_LAWS, *DECODE_LAWS, *TARGET_LAWS, *LAYER_LAWS, *POLICY_LAWS]
+)
 """Every property by name, in the order of the groups of docs/robustness_laws.md."""

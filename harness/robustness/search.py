@@ -6,12 +6,14 @@ The same property, subject, examples and seed give the same verdict. Nothing is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.errors import HypothesisException, Unsatisfiable
+from hypothesis.internal.conjecture import providers
 
 from harness.errors import one_line
 from harness.robustness.law import BrokenLawError, Case, DoesNotApplyError, Property, Subject, missing_needs
@@ -96,7 +98,8 @@ def try_property(
             verbosity=Verbosity.quiet,
             suppress_health_check=list(HealthCheck),
         )(seed(seed_of_cases)(given(prop.cases(subject))(check)))
-        run()
+        with _the_same_numbers():
+            run()
     except DoesNotApplyError as reason:
         return verdict(NOT_APPLICABLE, one_line(reason))
     except Unsatisfiable:
@@ -108,6 +111,25 @@ def try_property(
         return verdict(HOLDS)
     case, said = worst
     return verdict(BROKEN, said, case)
+
+
+@contextmanager
+def _the_same_numbers() -> Iterator[None]:
+    """Let Hypothesis draw no numbers from the source of whatever modules happen to be loaded.
+
+    It takes some of its values from there, so that the same seed would draw other cases after other imports.
+    Where it has no such function under this name, a verdict repeats itself within equal imports alone.
+    """
+    before = getattr(providers, "_get_local_constants", None)
+    if before is None:
+        yield
+        return
+    none = type(before())()
+    providers._get_local_constants = lambda: none
+    try:
+        yield
+    finally:
+        providers._get_local_constants = before
 
 
 def broken_by(prop: Property, subject: Subject, case: Case) -> str | None:

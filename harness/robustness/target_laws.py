@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from harness.robustness.edge_values import any_values, batches, finite_values
-from harness.robustness.law import BrokenLawError, Case, Property, Subject
-from harness.robustness.loss_laws import on, same
+from harness.robustness.law import BrokenLawError, Case, Property, Subject, library_law
+from harness.robustness.tensors import on, same
 
 FIELDS = ("Y_n", "Y_d", "mask_finite", "mask_bottom", "orientation_label", "bottom_kind")
 
@@ -91,7 +91,7 @@ def _payloads_never_show(subject: Subject, case: Case) -> None:
 
 
 def _law(name: str, law: str, cases: Any, check: Any, needs: tuple[str, ...] = ("lift",)) -> Property:
-    return Property(name=name, group=22, law=law, of="library", needs=needs, cases=cases, check=check)
+    return library_law(name, 22, law, needs, cases, check)
 
 
 def _values(subject: Subject) -> Any:

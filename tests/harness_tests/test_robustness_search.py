@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,22 @@ def test_the_same_seed_tries_the_same_cases() -> None:
         assert try_property(held, None, examples=50, seed_of_cases=seed).status == "holds"
         drawn.append(seen)
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_is_imported_does_not_change_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers in the source of other modules are not drawn: a verdict repeats itself in any process."""
+    number = 748_911_352
+    held = law(lambda subject, case: seen.append(case["n"]))
+    drawn: list[list[int]] = []
+    for _ in range(2):
+        seen: list[int] = []
+        try_property(held, None, examples=200)
+        drawn.append(seen)
+        (tmp_path / "full_of_numbers.py").write_text(f"N = [{number}, {number + 1}]\n", encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        __import__("full_of_numbers")
+    assert drawn[0] == drawn[1]
+    assert not {number, number + 1} & set(drawn[1])
 
 
 def test_what_a_subject_raises_breaks_the_law() -> None:
