@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -309,6 +309,20 @@ def read_footer(path: Path, *, kind: str) -> Footer:
         raise unreadable(path, error) from error
     _check_stamp(path, schema, kind)
     return Footer(path, schema, groups)
+
+
+def read_footers(folder: Path, *, kind: str) -> list[Footer]:
+    """The footer of every fragment of the folder, by name; RunReadError also where there is none."""
+    footers: list[Footer] = []
+    for path in fragment_paths(folder):
+        footer = read_footer(path, kind=kind)
+        # One schema for all fragments that are alike: twenty thousand of them would fill the memory.
+        if footers and footer.schema.equals(footers[-1].schema):
+            footer = replace(footer, schema=footers[-1].schema)
+        footers.append(footer)
+    if not footers:
+        raise RunReadError(f"{folder} holds no {kind}")
+    return footers
 
 
 def merge_schemas(footers: Iterable[Footer]) -> pa.Schema:

@@ -30,16 +30,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from reports.aggregate import Bools, Floats, Ints, Outcomes, Trials, group_trials, spread_columns
 from reports.fragments import write_table_atomically
 from reports.fronts import first_fronts, pareto_fronts
 from reports.metrics import ROBUSTNESS, SHORTFALL, Metric, parse_metric
 from reports.robustness_scores import INTERVAL
-from reports.schema import nearest_name
+from reports.schema import TRIAL_STATUSES, nearest_name
 
 LEADERBOARD_FILE = "leaderboard.parquet"
 RANKED_BY_KEY = b"scm_harness.ranked_by"
+WHOLE_RUN_KEY = b"scm_harness.whole_run"
 NAN_COUNT = Metric("nan_count", "lower", "values")
 # What went wrong in a trial, before what its objectives lack; one bit each.
 ENDINGS = ("failed", "diverged", "without a nan_count")
@@ -317,6 +319,25 @@ def make_leaderboard(
     configs = trials.aggregate().take(pa.array(order))
     columns |= {name: configs.column(name) for name in configs.column_names}
     return pa.table(columns).replace_schema_metadata({RANKED_BY_KEY: _ranked_by(options)})
+
+
+def run_totals(leaderboard: pa.Table) -> dict[str, Any]:
+    """What the leaderboard says of its whole run: configs, feasible, n_trials, n_<status>, n_missing, ruled_out.
+
+    `ruled_out` is empty where the leaderboard holds every config, as its rows then say why. For that of a
+    large run (`reports.large_runs`) it lists what ruled configs out: `why`, how many `configs` it met (some
+    met several), and the id of one of them as `such_as`.
+    """
+    said = (leaderboard.schema.metadata or {}).get(WHOLE_RUN_KEY)
+    if said is not None:
+        return dict(json.loads(said))
+    summed = ("n_trials", *(f"n_{status}" for status in TRIAL_STATUSES), "n_missing")
+    return {
+        "configs": len(leaderboard),
+        "feasible": pc.sum(leaderboard.column("feasible")).as_py() or 0,
+        **{name: pc.sum(leaderboard.column(name)).as_py() or 0 for name in summed},
+        "ruled_out": [],
+    }
 
 
 def write_leaderboard(run: Path, leaderboard: pa.Table) -> Path:

@@ -1,0 +1,539 @@
+"""The leaderboard of a run of any size: of a large one without ever holding its rows.
+
+The rows are read twice, a piece at a time. The first pass keeps a few numbers of each trial, what
+`reports.ranking.judge_trials` says of it; these are put in the order of config and seed, summed, and judged
+as those of a small run are, by the same functions in the same order, so that a config has the same place and
+the same numbers to the last bit, whatever the order of the fragments and the number of threads. The second
+pass reads every column of the best configs alone.
+
+What a fragment may be and what is refused is decided in `fragments`, `rows` and `aggregate`, how configs are
+judged in `ranking`. pyarrow reads the files, as DuckDB does not verify the checksums of their pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from reports.aggregate import (
+    NEEDED_COLUMNS,
+    Floats,
+    Ints,
+    Outcomes,
+    check_columns,
+    check_one_task,
+    check_rows,
+    count_missing,
+    group_trials,
+    spread_columns,
+)
+from reports.fragments import UNREADABLE, Footer, RunReadError, merge_schemas, read_footers, unreadable
+from reports.metrics import ROBUSTNESS, SHORTFALL
+from reports.ranking import (
+    WHOLE_RUN_KEY,
+    Decision,
+    Judged,
+    RankingOptions,
+    check_metrics,
+    decide,
+    judge_configs,
+    judge_trials,
+    make_leaderboard,
+    rank,
+    reasons,
+    spread_scores,
+    trial_value_types,
+)
+from reports.rows import check_trial_ids, find_rows, read_rows
+from reports.schema import TRIAL_STATUSES, config_columns
+
+LARGE_ROWS = 100_000
+LEADERBOARD_CONFIGS = 10_000
+# Rows that are looked at together, and files that are read together by one thread until they have as many.
+PIECE_ROWS = 65_536
+MOST_THREADS = 4  # each holds a piece of every column that is read
+READ_BYTES = 1 << 20  # of a column of a large file at a time
+# Identity columns that a ranking of the best configs may ask for, where the rows have them.
+KEPT_COLUMNS = ("task", "scenario", "settings_id", "error")
+ID_DIGITS = 12
+SEED_BITS = 16
+
+Keys = npt.NDArray[np.uint64]
+Result = TypeVar("Result")
+
+
+def rank_run(
+    run: Path,
+    options: RankingOptions | None = None,
+    robustness: pa.Table | None = None,
+    *,
+    large_rows: int = LARGE_ROWS,
+    most: int = LEADERBOARD_CONFIGS,
+) -> pa.Table:
+    """The leaderboard of the run folder, as `reports.ranking.rank` makes it of the run's rows.
+
+    For a run of more than `large_rows` rows it ends after the `most` best configs, ruled-out ones only where
+    fewer are feasible; each has the rank, the front and the numbers that it would have in the whole. What the
+    run holds beside them is counted (`reports.ranking.run_totals`).
+
+    Raises RunReadError as `reports.rows.read_rows`, and ValueError as `rank`. Damage in a column that a large
+    run is not ranked by is not seen.
+    """
+    options = options or RankingOptions()
+    footers = read_footers(find_rows(run), kind="rows")
+    if sum(footer.rows for footer in footers) <= large_rows:
+        return rank(read_rows(run), options, robustness)
+    schema = merge_schemas(footers)
+    check_columns(schema)
+    check_metrics(schema, options, robustness)
+    pieces = _pieces(footers)
+    survey = _survey(pieces, schema, options, run)
+    judged = _judge(survey, options, robustness)
+    decision = decide(judged, options, most)
+    held = np.sort(decision.order)
+    rows = _read_positions(pieces, schema, _leaderboard_columns(schema), survey.positions(held))
+    trials = group_trials(rows, target_coverage=options.target_coverage, seeds=survey.seeds)
+    leaderboard = make_leaderboard(
+        trials,
+        judged.take(held),
+        Decision(decision.feasible[held], decision.front[held], np.searchsorted(held, decision.order)),
+        options,
+        robustness,
+    )
+    if len(held) == len(judged.missing):
+        return leaderboard
+    totals = _totals(survey, judged, decision, options)
+    metadata = {**leaderboard.schema.metadata, WHOLE_RUN_KEY: json.dumps(totals).encode()}
+    return leaderboard.replace_schema_metadata(metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Row groups of one fragment, the first of whose rows is row `start` of the run."""
+
+    footer: Footer
+    groups: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + sum(self.footer.groups[group] for group in self.groups)
+
+
+_Piece = list[_Part]  # what one thread reads at a time; its rows follow one another
+
+
+@dataclass(slots=True)
+class _Survey:
+    """What is known of the run after the first pass: arrays per trial in the order of the files, and that order.
+
+    order   the trials ordered by config_id, seed and trial_id
+    starts  (configs,) where in that order the trials of each config begin; counts, how many they are
+    """
+
+    values: dict[str, npt.NDArray[Any]]
+    order: Ints
+    starts: Ints
+    counts: Ints
+    missing: Ints
+    seeds: tuple[int, ...]
+    statuses: Counter[str]
+    ids: _Ids
+
+    def take(self, name: str) -> npt.NDArray[Any]:
+        """The values of that name in the order of the configs; they are given up, and cannot be asked for again."""
+        return self.values.pop(name)[self.order]
+
+    def positions(self, configs: Ints) -> Ints:
+        """Which rows of the run, by number, are of these configs."""
+        spans = [self.order[self.starts[c] : self.starts[c] + self.counts[c]] for c in configs]
+        return np.sort(np.concatenate(spans))
+
+
+def _pieces(footers: Sequence[Footer]) -> list[_Piece]:
+    """All row groups of all fragments in order, small fragments side by side."""
+    pieces: list[_Piece] = []
+    start, open_rows = 0, PIECE_ROWS
+    for footer in footers:
+        whole = footer.rows <= PIECE_ROWS
+        for groups in [tuple(range(len(footer.groups)))] if whole else [(g,) for g in range(len(footer.groups))]:
+            part = _Part(footer, groups, start)
+            start, rows = part.stop, part.stop - part.start
+            if open_rows + rows > PIECE_ROWS:
+                pieces.append([])
+                open_rows = 0
+            pieces[-1].append(part)
+            open_rows += rows
+    return pieces
+
+
+def _tables(parts: Sequence[_Part], schema: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of the parts with these columns in the types of the schema, some ten thousand at a time."""
+    wanted = pa.schema([schema.field(name) for name in columns])
+    waiting: list[pa.Table] = []
+    for part in parts:
+        for batch in _batches(part, columns):
+            waiting.append(_typed(batch, wanted))
+            if sum(map(len, waiting)) >= PIECE_ROWS // 2:
+                yield pa.concat_tables(waiting)
+                waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _batches(part: _Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    path, known = part.footer.path, set(part.footer.schema.names)
+    present = [name for name in columns if name in known]
+    # One read for a small file, else as much as is looked at: a large one has columns of many megabytes.
+    small = part.footer.rows <= PIECE_ROWS
+    rows = 0
+    try:
+        with pq.ParquetFile(
+            pa.BufferReader(path.read_bytes()) if small else path,
+            page_checksum_verification=True,
+            buffer_size=0 if small else READ_BYTES,
+        ) as file:
+            if file.metadata.num_rows != part.footer.rows or file.num_row_groups != len(part.footer.groups):
+                raise RunReadError(f"{path} changed while it was read: rank the run again when it has ended")
+            groups = list(part.groups)
+            for batch in file.iter_batches(PIECE_ROWS, row_groups=groups, columns=present, use_threads=False):
+                rows += len(batch)
+                yield batch
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
+    if rows != part.stop - part.start:
+        raise RunReadError(f"{path} says that it holds {part.stop - part.start} rows, and holds {rows}")
+
+
+def _typed(batch: pa.RecordBatch, wanted: pa.Schema) -> pa.Table:
+    known = set(batch.schema.names)
+    columns = [
+        batch.column(one.name).cast(one.type) if one.name in known else pa.nulls(len(batch), one.type)
+        for one in wanted
+    ]
+    return pa.Table.from_arrays(columns, schema=pa.schema([(one.name, one.type) for one in wanted]))
+
+
+def _in_threads(work: Callable[[_Piece], Result], pieces: Sequence[_Piece]) -> list[Result]:
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)), len(pieces))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, pieces))
+
+
+class _UnusualIdsError(Exception):
+    """A config_id or trial_id that is not as `search_spaces.identity` makes it."""
+
+
+def _survey(pieces: Sequence[_Piece], schema: pa.Schema, options: RankingOptions, run: Path) -> _Survey:
+    """Reads every row once, with the columns that decide, and checks what must hold in all of them."""
+    try:
+        return _survey_with(_HexIds(), pieces, schema, options, run)
+    except _UnusualIdsError:
+        return _survey_with(_TextIds(), pieces, schema, options, run)
+
+
+def _survey_with(
+    ids: _Ids, pieces: Sequence[_Piece], schema: pa.Schema, options: RankingOptions, run: Path
+) -> _Survey:
+    rows = pieces[-1][-1].stop
+    values = {name: np.empty(rows, dtype=kind) for name, kind in trial_value_types(schema, options).items()}
+    fingerprints = np.empty(rows, dtype=np.uint64)
+    ids.open(rows)
+    knobs = config_columns(schema)
+    columns = _deciding_columns(schema, options)
+
+    def read(piece: _Piece) -> tuple[set[str | None], Counter[str]]:
+        at = piece[0].start
+        tasks: set[str | None] = set()
+        statuses: Counter[str] = Counter()
+        for table in _tables(piece, schema, columns):
+            here = slice(at, at + len(table))
+            check_rows(table)
+            if "task" in columns:
+                tasks.update(pc.unique(table.column("task")).to_pylist())
+            counted = pc.value_counts(table.column("status"))
+            statuses.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counted})
+            ids.put(here, table)
+            for name, numbers in judge_trials(Outcomes(table, options.target_coverage), options).items():
+                values[name][here] = numbers
+            fingerprints[here] = _fingerprint(table, knobs)
+            at = here.stop
+        return tasks, statuses
+
+    found = _in_threads(read, pieces)
+    check_one_task(list(dict.fromkeys(task for tasks, _ in found for task in sorted(tasks, key=str))))
+    statuses = sum((counted for _, counted in found), Counter[str]())
+    grouped = ids.group(run)
+    seeds = sorted(set(np.unique(grouped.seeds).tolist())) if options.seeds is None else sorted(set(options.seeds))
+    survey = _Survey(
+        values=values,
+        order=grouped.order,
+        starts=grouped.starts,
+        counts=np.diff(np.append(grouped.starts, rows)),
+        missing=count_missing(grouped.seeds, grouped.starts, seeds),
+        seeds=tuple(seeds),
+        statuses=statuses,
+        ids=ids,
+    )
+    _check_one_config_each(survey, fingerprints, pieces, schema)
+    return survey
+
+
+def _deciding_columns(schema: pa.Schema, options: RankingOptions) -> list[str]:
+    """The columns that the place of a config depends on, and those that are checked."""
+    metrics = {metric.name for metric in (*options.objectives, *options.ties)}
+    wanted = {*NEEDED_COLUMNS, *metrics, "task", "charged_error", "trivial_error", *config_columns(schema)}
+    return [name for name in schema.names if name in wanted]
+
+
+def _leaderboard_columns(schema: pa.Schema) -> list[str]:
+    """The columns that the row of a config in the leaderboard is made of."""
+    wanted = {*NEEDED_COLUMNS, *KEPT_COLUMNS, SHORTFALL, *spread_columns(schema), *config_columns(schema)}
+    return [name for name in schema.names if name in wanted]
+
+
+def _read_positions(
+    pieces: Sequence[_Piece], schema: pa.Schema, columns: Sequence[str], positions: Ints
+) -> pa.Table:
+    """The rows of the run with these numbers, in ascending order; parts without any of them are not opened."""
+
+    def span(start: int, stop: int) -> Ints:
+        return positions[np.searchsorted(positions, start) : np.searchsorted(positions, stop)]
+
+    def read(piece: _Piece) -> list[pa.Table]:
+        found = []
+        for part in piece:
+            at = part.start
+            for table in _tables([part], schema, columns) if len(span(part.start, part.stop)) else ():
+                here = span(at, at + len(table)) - at
+                if len(here):
+                    found.append(table.take(pa.array(here)))
+                at += len(table)
+        return found
+
+    return pa.concat_tables([table for tables in _in_threads(read, pieces) for table in tables])
+
+
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """The order of the trials by config_id, seed and trial_id, the first of each config, and the seeds so ordered."""
+
+    order: Ints
+    starts: Ints
+    seeds: Ints
+
+
+class _HexIds:
+    """Ids as `search_spaces.identity` makes them: twelve hexadecimal digits, and for a trial the seed behind.
+
+    Such an id and a seed below 65536 are one whole number, whose order is that of the text; a trial that is
+    there twice is a number that is there twice. Anything else is refused by _UnusualIdsError.
+    """
+
+    def open(self, rows: int) -> None:
+        self._keys: Keys = np.empty(rows, dtype=np.uint64)
+        self._configs: Keys = np.empty(0, dtype=np.uint64)
+
+    def put(self, here: slice, table: pa.Table) -> None:
+        ids, seeds = _one_array(table, "config_id"), _one_array(table, "seed")
+        if ids.null_count or seeds.null_count:
+            raise _UnusualIdsError
+        numbers = seeds.to_numpy()
+        if ((numbers < 0) | (numbers >= 1 << SEED_BITS)).any():
+            raise _UnusualIdsError
+        made = pc.binary_join_element_wise(ids, pc.cast(seeds, pa.string()), "-s")
+        if not pc.all(pc.equal(made, _one_array(table, "trial_id")), skip_nulls=False).as_py():
+            raise _UnusualIdsError
+        self._keys[here] = _parse_hex(ids) << np.uint64(SEED_BITS) | numbers.astype(np.uint64)
+
+    def group(self, run: Path) -> _Grouped:
+        order = np.argsort(self._keys)
+        keys = self._keys[order]
+        self._keys = keys[:0]
+        same = keys[1:] == keys[:-1]
+        if same.any():
+            twice = np.unique(keys[1:][same])
+            config, seed = int(twice[0]) >> SEED_BITS, int(twice[0]) & (1 << SEED_BITS) - 1
+            name = f"{config:0{ID_DIGITS}x}-s{seed}"
+            raise RunReadError(f"{run} holds {len(twice)} trial_id more than once, such as {name}")
+        configs = keys >> np.uint64(SEED_BITS)
+        starts = np.flatnonzero(np.append(True, configs[1:] != configs[:-1]))
+        self._configs = configs[starts]
+        keys &= np.uint64((1 << SEED_BITS) - 1)
+        return _Grouped(order, starts, keys.view(np.int64))
+
+    def name(self, config: int) -> str:
+        return f"{int(self._configs[config]):0{ID_DIGITS}x}"
+
+    def places(self, names: Sequence[str]) -> list[int]:
+        try:
+            numbers = _parse_hex(pa.array(names, pa.string()))
+        except _UnusualIdsError:  # of some other run, perhaps
+            return [self._place(name) for name in names]
+        at = np.minimum(np.searchsorted(self._configs, numbers), len(self._configs) - 1)
+        return np.where(self._configs[at] == numbers, at, -1).tolist()
+
+    def _place(self, name: str) -> int:
+        try:
+            _parse_hex(pa.array([name], pa.string()))
+        except _UnusualIdsError:
+            return -1
+        return self.places([name])[0]
+
+
+class _TextIds:
+    """Ids of any form, held as text; dearer in time and memory than numbers are."""
+
+    def open(self, rows: int) -> None:
+        self._rows = rows
+        self._seeds: Ints = np.empty(rows, dtype=np.int64)
+        self._held: dict[int, pa.Table] = {}
+        self._names: pa.Array = pa.array([], pa.string())
+
+    def put(self, here: slice, table: pa.Table) -> None:
+        self._seeds[here] = table.column("seed").to_numpy()
+        self._held[here.start] = table.select(["config_id", "trial_id"])
+
+    def group(self, run: Path) -> _Grouped:
+        held = pa.concat_tables([self._held[start] for start in sorted(self._held)])
+        self._held = {}
+        check_trial_ids(held.column("trial_id"), run)
+        encoded = held.column("config_id").combine_chunks().dictionary_encode()
+        encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+        ranked = pc.array_sort_indices(encoded.dictionary)
+        self._names = encoded.dictionary.take(ranked)
+        place = np.empty(len(ranked), dtype=np.int64)
+        place[ranked.to_numpy()] = np.arange(len(ranked))
+        configs = place[encoded.indices.to_numpy()]
+        order = np.lexsort((self._seeds, configs))
+        again = (np.diff(configs[order]) == 0) & (np.diff(self._seeds[order]) == 0)
+        if again.any():  # a seed that a config was trained with twice: the trial_id decides
+            trials = pc.rank(held.column("trial_id").combine_chunks(), tiebreaker="dense").to_numpy()
+            order = np.lexsort((trials, self._seeds, configs))
+        configs = configs[order]
+        starts = np.flatnonzero(np.append(True, configs[1:] != configs[:-1]))
+        return _Grouped(order, starts, self._seeds[order])
+
+    def name(self, config: int) -> str:
+        return str(self._names[config].as_py())
+
+    def places(self, names: Sequence[str]) -> list[int]:
+        found = pc.index_in(pa.array(names, pa.string()), value_set=self._names)
+        return [-1 if place is None else place for place in found.to_pylist()]
+
+
+_Ids = _HexIds | _TextIds
+
+_DIGITS = np.full(256, 255, dtype=np.uint8)
+_DIGITS[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+
+
+def _parse_hex(ids: pa.Array) -> Keys:
+    """The numbers that the ids write; _UnusualIdsError unless each is twelve digits, letters small."""
+    bounds = np.frombuffer(ids.buffers()[1], dtype=np.int32)[ids.offset : ids.offset + len(ids) + 1]
+    if ids.null_count or (len(ids) and not (np.diff(bounds) == ID_DIGITS).all()):
+        raise _UnusualIdsError
+    text = np.frombuffer(ids.buffers()[2] or b"", dtype=np.uint8)[bounds[0] : bounds[-1]]
+    digits = _DIGITS[text]
+    if (digits == 255).any():
+        raise _UnusualIdsError
+    whole = np.zeros((len(ids), 8), dtype=np.uint8)
+    pairs = digits.reshape(len(ids), ID_DIGITS // 2, 2)
+    whole[:, 8 - ID_DIGITS // 2 :] = pairs[:, :, 0] << 4 | pairs[:, :, 1]
+    return whole.view(">u8")[:, 0].astype(np.uint64)
+
+
+def _one_array(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name).combine_chunks()
+    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+
+
+def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
+    """A number per row that is the same for rows that hold the same in these columns, and hardly ever else."""
+    total = np.zeros(len(table), dtype=np.uint64)
+    for name in columns:
+        column = _one_array(table, name)
+        if column.null_count == len(column):
+            continue  # null adds nothing, nor does a column that a fragment lacks
+        bits = _bits(column)
+        bits *= np.uint64(_text_bits(name) | 1)
+        bits ^= bits >> np.uint64(32)
+        bits += np.uint64(_text_bits(name))
+        bits *= np.uint64(0x9E3779B97F4A7C15)
+        bits ^= bits >> np.uint64(29)
+        if column.null_count:
+            bits[column.is_null().to_numpy(zero_copy_only=False)] = 0
+        total += bits
+    return total
+
+
+def _bits(column: pa.Array) -> Keys:
+    """64 bits per value, in an array of its own; any for null."""
+    if pa.types.is_floating(column.type):
+        return (column.fill_null(0.0).to_numpy() + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
+    if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+        return np.array(column.cast(pa.int64()).fill_null(0).to_numpy(), dtype=np.int64).view(np.uint64)
+    encoded = column.cast(pa.string()).dictionary_encode()
+    values = np.array([_text_bits(text) for text in encoded.dictionary.to_pylist()], dtype=np.uint64)
+    return values[encoded.indices.fill_null(0).to_numpy()]
+
+
+def _text_bits(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _check_one_config_each(
+    survey: _Survey, fingerprints: Keys, pieces: Sequence[_Piece], schema: pa.Schema
+) -> None:
+    """ValueError where one config_id stands for two configs, as `reports.aggregate.group_trials` raises it.
+
+    Fingerprints say which configs have rows that differ; those rows are read and compared by their values.
+    """
+    ordered = fingerprints[survey.order]
+    low = np.minimum.reduceat(ordered, survey.starts)
+    differing = np.flatnonzero(np.maximum.reduceat(ordered, survey.starts) != low)
+    columns = [name for name in schema.names if name in {*NEEDED_COLUMNS, *config_columns(schema)}]
+    for start in range(0, len(differing), LEADERBOARD_CONFIGS):
+        those = survey.positions(differing[start : start + LEADERBOARD_CONFIGS])
+        group_trials(_read_positions(pieces, schema, columns, those))
+
+
+def _judge(survey: _Survey, options: RankingOptions, robustness: pa.Table | None) -> Judged:
+    scores: Floats = np.full(len(survey.starts), np.nan)
+    if robustness is not None:
+        places = survey.ids.places(robustness.column("config_id").to_pylist())
+        scores = spread_scores(robustness.column(ROBUSTNESS), places, len(survey.starts))
+    return judge_configs(survey.take, survey.starts, survey.counts, survey.missing, scores, options)
+
+
+def _totals(survey: _Survey, judged: Judged, decision: Decision, options: RankingOptions) -> dict[str, Any]:
+    ruled_out = []
+    bit = judged.wrong.dtype.type
+    met = [(f"trials {what}", judged.wrong >> bit(n) & bit(1)) for n, what in enumerate(reasons(options))]
+    met.append(("trials missing", judged.missing > 0))
+    met.append((f"more non-finite values than {options.nan_budget}", judged.nan_count > options.nan_budget))
+    for why, mask in met:
+        configs = np.flatnonzero(~decision.feasible & (mask != 0))
+        if len(configs):
+            ruled_out.append({"why": why, "configs": len(configs), "such_as": survey.ids.name(configs[0])})
+    return {
+        "configs": len(survey.starts),
+        "feasible": int(np.count_nonzero(decision.feasible)),
+        "n_trials": int(survey.counts.sum()),
+        **{f"n_{status}": survey.statuses[status] for status in TRIAL_STATUSES},
+        "n_missing": int(survey.missing.sum()),
+        "ruled_out": ruled_out,
+    }
