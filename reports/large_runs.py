@@ -64,8 +64,12 @@ LARGE_ROWS = 100_000
 LEADERBOARD_CONFIGS = 10_000
 # Rows that are looked at together, and files that are read together by one thread until they have as many.
 PIECE_ROWS = 65_536
-MOST_THREADS = 4  # each holds a piece of every column that is read
-READ_BYTES = 1 << 20  # of a column of a large file at a time
+MOST_THREADS = 4
+# Of a large file, what a thread holds at a time: rows and columns that fit into the cache of a processor (all
+# columns at once take twice the time), and bytes of each column as they lie in the file.
+BATCH_ROWS = 32_768
+BATCH_COLUMNS = 8
+READ_BYTES = 1 << 17
 # Identity columns that a ranking of the best configs may ask for, where the rows have them.
 KEPT_COLUMNS = ("task", "scenario", "settings_id", "error")
 ID_DIGITS = 12
@@ -168,7 +172,7 @@ def _pieces(footers: Sequence[Footer]) -> list[_Piece]:
     pieces: list[_Piece] = []
     start, open_rows = 0, PIECE_ROWS
     for footer in footers:
-        whole = footer.rows <= PIECE_ROWS
+        whole = _is_small(footer)
         for groups in [tuple(range(len(footer.groups)))] if whole else [(g,) for g in range(len(footer.groups))]:
             part = _Part(footer, groups, start)
             start, rows = part.stop, part.stop - part.start
@@ -180,36 +184,58 @@ def _pieces(footers: Sequence[Footer]) -> list[_Piece]:
     return pieces
 
 
-def _tables(parts: Sequence[_Part], schema: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of the parts with these columns in the types of the schema, some ten thousand at a time."""
+def _column_groups(piece: _Piece, first: Sequence[str], rest: Sequence[str]) -> list[list[str]]:
+    """The columns that are read together, `first` in one group: few of a large file, all of small ones."""
+    if all(_is_small(part.footer) for part in piece):  # to open a file anew costs more than it saves
+        return [[*first, *(name for name in rest if name not in first)]]
+    groups = [list(rest[start : start + BATCH_COLUMNS]) for start in range(0, len(rest), BATCH_COLUMNS)]
+    return [list(first), *groups] if first else groups
+
+
+def _is_small(footer: Footer) -> bool:
+    return footer.rows <= PIECE_ROWS
+
+
+def _tables(
+    parts: Sequence[_Part], schema: pa.Schema, columns: Sequence[str]
+) -> Iterator[tuple[slice, pa.Table]]:
+    """The rows of the parts with these columns, some ten thousand at a time, and which rows of the run they are.
+
+    Their types are those of the schema; text, ids apart, may be encoded by a dictionary.
+    """
     wanted = pa.schema([schema.field(name) for name in columns])
     waiting: list[pa.Table] = []
+    at = parts[0].start
     for part in parts:
         for batch in _batches(part, columns):
             waiting.append(_typed(batch, wanted))
-            if sum(map(len, waiting)) >= PIECE_ROWS // 2:
-                yield pa.concat_tables(waiting)
-                waiting = []
+            rows = sum(map(len, waiting))
+            if rows >= BATCH_ROWS:
+                yield slice(at, at + rows), pa.concat_tables(waiting)
+                at, waiting = at + rows, []
     if waiting:
-        yield pa.concat_tables(waiting)
+        yield slice(at, parts[-1].stop), pa.concat_tables(waiting)
 
 
 def _batches(part: _Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     path, known = part.footer.path, set(part.footer.schema.names)
     present = [name for name in columns if name in known]
     # One read for a small file, else as much as is looked at: a large one has columns of many megabytes.
-    small = part.footer.rows <= PIECE_ROWS
+    small = _is_small(part.footer)
+    texts = {one.name for one in part.footer.schema if one.type == pa.string()} - {"config_id", "trial_id"}
     rows = 0
     try:
         with pq.ParquetFile(
             pa.BufferReader(path.read_bytes()) if small else path,
             page_checksum_verification=True,
             buffer_size=0 if small else READ_BYTES,
+            # Few texts, met again and again, cost less as numbers; ids are all different.
+            read_dictionary=[name for name in present if name in texts],
         ) as file:
             if file.metadata.num_rows != part.footer.rows or file.num_row_groups != len(part.footer.groups):
                 raise RunReadError(f"{path} changed while it was read: rank the run again when it has ended")
             groups = list(part.groups)
-            for batch in file.iter_batches(PIECE_ROWS, row_groups=groups, columns=present, use_threads=False):
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=present, use_threads=False):
                 rows += len(batch)
                 yield batch
     except UNREADABLE as error:
@@ -220,11 +246,11 @@ def _batches(part: _Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 def _typed(batch: pa.RecordBatch, wanted: pa.Schema) -> pa.Table:
     known = set(batch.schema.names)
-    columns = [
-        batch.column(one.name).cast(one.type) if one.name in known else pa.nulls(len(batch), one.type)
-        for one in wanted
-    ]
-    return pa.Table.from_arrays(columns, schema=pa.schema([(one.name, one.type) for one in wanted]))
+    columns = []
+    for one in wanted:
+        column = batch.column(one.name) if one.name in known else pa.nulls(len(batch), one.type)
+        columns.append(column if pa.types.is_dictionary(column.type) else column.cast(one.type))
+    return pa.Table.from_arrays(columns, names=wanted.names)
 
 
 def _in_threads(work: Callable[[_Piece], Result], pieces: Sequence[_Piece]) -> list[Result]:
@@ -250,27 +276,27 @@ def _survey_with(
 ) -> _Survey:
     rows = pieces[-1][-1].stop
     values = {name: np.empty(rows, dtype=kind) for name, kind in trial_value_types(schema, options).items()}
-    fingerprints = np.empty(rows, dtype=np.uint64)
+    fingerprints = np.zeros(rows, dtype=np.uint64)
     ids.open(rows)
     knobs = config_columns(schema)
-    columns = _deciding_columns(schema, options)
+    judged = _deciding_columns(schema, options)
 
     def read(piece: _Piece) -> tuple[set[str | None], Counter[str]]:
-        at = piece[0].start
         tasks: set[str | None] = set()
         statuses: Counter[str] = Counter()
-        for table in _tables(piece, schema, columns):
-            here = slice(at, at + len(table))
-            check_rows(table)
-            if "task" in columns:
-                tasks.update(pc.unique(table.column("task")).to_pylist())
-            counted = pc.value_counts(table.column("status"))
-            statuses.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counted})
-            ids.put(here, table)
-            for name, numbers in judge_trials(Outcomes(table, options.target_coverage), options).items():
-                values[name][here] = numbers
-            fingerprints[here] = _fingerprint(table, knobs)
-            at = here.stop
+        for columns in _column_groups(piece, judged, knobs):
+            for here, table in _tables(piece, schema, columns):
+                fingerprints[here] += _fingerprint(table, [name for name in knobs if name in columns])
+                if "status" not in columns:
+                    continue
+                check_rows(table)
+                if "task" in columns:
+                    tasks.update(pc.unique(table.column("task")).to_pylist())
+                counted = pc.value_counts(table.column("status"))
+                statuses.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counted})
+                ids.put(here, table)
+                for name, numbers in judge_trials(Outcomes(table, options.target_coverage), options).items():
+                    values[name][here] = numbers
         return tasks, statuses
 
     found = _in_threads(read, pieces)
@@ -293,9 +319,9 @@ def _survey_with(
 
 
 def _deciding_columns(schema: pa.Schema, options: RankingOptions) -> list[str]:
-    """The columns that the place of a config depends on, and those that are checked."""
+    """The columns that the place of a config depends on."""
     metrics = {metric.name for metric in (*options.objectives, *options.ties)}
-    wanted = {*NEEDED_COLUMNS, *metrics, "task", "charged_error", "trivial_error", *config_columns(schema)}
+    wanted = {*NEEDED_COLUMNS, *metrics, "task", "charged_error", "trivial_error"}
     return [name for name in schema.names if name in wanted]
 
 
@@ -310,21 +336,25 @@ def _read_positions(
 ) -> pa.Table:
     """The rows of the run with these numbers, in ascending order; parts without any of them are not opened."""
 
+    wanted = pa.schema([(name, schema.field(name).type) for name in columns])
+
     def span(start: int, stop: int) -> Ints:
         return positions[np.searchsorted(positions, start) : np.searchsorted(positions, stop)]
 
-    def read(piece: _Piece) -> list[pa.Table]:
-        found = []
-        for part in piece:
-            at = part.start
-            for table in _tables([part], schema, columns) if len(span(part.start, part.stop)) else ():
-                here = span(at, at + len(table)) - at
-                if len(here):
-                    found.append(table.take(pa.array(here)))
-                at += len(table)
-        return found
+    def read(piece: _Piece) -> pa.Table | None:
+        parts = [part for part in piece if len(span(part.start, part.stop))]
+        found: dict[str, pa.ChunkedArray] = {}
+        for group in _column_groups(piece, [], columns) if parts else ():
+            held = []
+            for part in parts:
+                for rows, table in _tables([part], schema, group):
+                    here = span(rows.start, rows.stop) - rows.start
+                    held.append(table.take(pa.array(here)).cast(pa.schema([wanted.field(n) for n in group])))
+            table = pa.concat_tables(held)
+            found |= dict(zip(table.column_names, table.columns, strict=True))
+        return pa.table(found, schema=wanted) if parts else None
 
-    return pa.concat_tables([table for tables in _in_threads(read, pieces) for table in tables])
+    return pa.concat_tables([table for table in _in_threads(read, pieces) if table is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,8 +384,7 @@ class _HexIds:
         numbers = seeds.to_numpy()
         if ((numbers < 0) | (numbers >= 1 << SEED_BITS)).any():
             raise _UnusualIdsError
-        made = pc.binary_join_element_wise(ids, pc.cast(seeds, pa.string()), "-s")
-        if not pc.all(pc.equal(made, _one_array(table, "trial_id")), skip_nulls=False).as_py():
+        if not _is_made_of(_one_array(table, "trial_id"), ids, seeds):
             raise _UnusualIdsError
         self._keys[here] = _parse_hex(ids) << np.uint64(SEED_BITS) | numbers.astype(np.uint64)
 
@@ -443,17 +472,36 @@ _DIGITS[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
 def _parse_hex(ids: pa.Array) -> Keys:
     """The numbers that the ids write; _UnusualIdsError unless each is twelve digits, letters small."""
-    bounds = np.frombuffer(ids.buffers()[1], dtype=np.int32)[ids.offset : ids.offset + len(ids) + 1]
-    if ids.null_count or (len(ids) and not (np.diff(bounds) == ID_DIGITS).all()):
-        raise _UnusualIdsError
-    text = np.frombuffer(ids.buffers()[2] or b"", dtype=np.uint8)[bounds[0] : bounds[-1]]
-    digits = _DIGITS[text]
+    digits = _DIGITS[_characters(ids, ID_DIGITS)]
     if (digits == 255).any():
         raise _UnusualIdsError
     whole = np.zeros((len(ids), 8), dtype=np.uint8)
-    pairs = digits.reshape(len(ids), ID_DIGITS // 2, 2)
-    whole[:, 8 - ID_DIGITS // 2 :] = pairs[:, :, 0] << 4 | pairs[:, :, 1]
+    whole[:, 8 - ID_DIGITS // 2 :] = digits[:, 0::2] << 4 | digits[:, 1::2]
     return whole.view(">u8")[:, 0].astype(np.uint64)
+
+
+def _is_made_of(trials: pa.Array, ids: pa.Array, seeds: pa.Array) -> bool:
+    """Whether each trial_id is its config_id, "-s" and its seed."""
+    try:
+        text = _characters(trials, ID_DIGITS + 3)  # as most are, with a seed of one digit
+    except _UnusualIdsError:
+        made = pc.binary_join_element_wise(ids, pc.cast(seeds, pa.string()), "-s")
+        return bool(pc.all(pc.equal(made, trials), skip_nulls=False).as_py())
+    end = text[:, ID_DIGITS:]
+    return bool(
+        (text[:, :ID_DIGITS] == _characters(ids, ID_DIGITS)).all()
+        and (end[:, :2] == np.frombuffer(b"-s", np.uint8)).all()
+        and (end[:, 2] == seeds.to_numpy() + ord("0")).all()
+    )
+
+
+def _characters(text: pa.Array, width: int) -> npt.NDArray[np.uint8]:
+    """The bytes of texts that are all `width` long, one row each; _UnusualIdsError if they are not."""
+    bounds = np.frombuffer(text.buffers()[1], dtype=np.int32)[text.offset : text.offset + len(text) + 1]
+    if text.null_count or not (np.diff(bounds) == width).all():
+        raise _UnusualIdsError
+    held = np.frombuffer(text.buffers()[2], dtype=np.uint8)
+    return held[bounds[0] : bounds[-1]].reshape(len(text), width)
 
 
 def _one_array(table: pa.Table, name: str) -> pa.Array:
@@ -482,13 +530,20 @@ def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
 
 def _bits(column: pa.Array) -> Keys:
     """64 bits per value, in an array of its own; any for null."""
-    if pa.types.is_floating(column.type):
-        return (column.fill_null(0.0).to_numpy() + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
-    if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
-        return np.array(column.cast(pa.int64()).fill_null(0).to_numpy(), dtype=np.int64).view(np.uint64)
-    encoded = column.cast(pa.string()).dictionary_encode()
-    values = np.array([_text_bits(text) for text in encoded.dictionary.to_pylist()], dtype=np.uint64)
-    return values[encoded.indices.fill_null(0).to_numpy()]
+    if pa.types.is_dictionary(column.type):
+        values = np.array([_text_bits(text) for text in column.dictionary.to_pylist()], dtype=np.uint64)
+        return values[column.indices.fill_null(0).to_numpy()]
+    if pa.types.is_string(column.type):
+        return _bits(column.dictionary_encode())
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int64())
+    if column.type not in (pa.int64(), pa.float64()):
+        return _bits(column.cast(pa.string()))
+    # Taken as they lie, since a column with nulls has no view as an array of numbers.
+    values = np.frombuffer(column.buffers()[1], dtype=np.uint64)[column.offset : column.offset + len(column)]
+    if pa.types.is_integer(column.type):
+        return values.copy()
+    return (values.view(np.float64) + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
 
 
 def _text_bits(text: str) -> int:
