@@ -31,7 +31,9 @@ EXTRA = ("metric.mse", "metric.mae", "test_metric.mse", "test_metric.mae", "tele
 Values = npt.NDArray[Any]
 
 
-def write_rows(folder: Path, configs: int, *, configs_per_file: int, knobs: Mapping[str, str], seed: int = 0) -> int:
+def write_rows(
+    folder: Path, configs: int, *, configs_per_file: int, knobs: Mapping[str, str], seed: int = 0
+) -> int:
     """Writes RUN/rows of that many configs, five seeds each, and returns how many rows there are."""
     (folder / "rows").mkdir(parents=True)
     starts = range(0, configs, configs_per_file)
@@ -40,7 +42,9 @@ def write_rows(folder: Path, configs: int, *, configs_per_file: int, knobs: Mapp
     def write(number: int) -> None:
         own = _block(*blocks[number], seed, knobs)
         late = own if len(blocks) == 1 else _block(*blocks[number - 1], seed, knobs)
-        table = pa.concat_tables([_rows(own, range(SEEDS - 1), knobs), _rows(late, range(SEEDS - 1, SEEDS), knobs)])
+        table = pa.concat_tables(
+            [_rows(own, range(SEEDS - 1), knobs), _rows(late, range(SEEDS - 1, SEEDS), knobs)]
+        )
         write_table_atomically(table, folder / "rows" / f"driver-{number:05d}.parquet")
 
     with ThreadPoolExecutor(2) as pool:
@@ -52,8 +56,17 @@ def write_rows(folder: Path, configs: int, *, configs_per_file: int, knobs: Mapp
 class _Block:
     """Some configs, and the generator that their outcomes are drawn from."""
 
-    def __init__(self, number: int, ids: pa.Array, knobs: pa.Table, quality: Values, width: Values, seed: int) -> None:
-        self.number, self.ids, self.knobs, self.quality, self.width, self.seed = number, ids, knobs, quality, width, seed
+    def __init__(
+        self, number: int, ids: pa.Array, knobs: pa.Table, quality: Values, width: Values, seed: int
+    ) -> None:
+        self.number, self.ids, self.knobs, self.quality, self.width, self.seed = (
+            number,
+            ids,
+            knobs,
+            quality,
+            width,
+            seed,
+        )
 
 
 def _block(number: int, configs: int, seed: int, knobs: Mapping[str, str]) -> _Block:
@@ -61,7 +74,9 @@ def _block(number: int, configs: int, seed: int, knobs: Mapping[str, str]) -> _B
     digits = draw.integers(0, 16, (configs, 12), dtype=np.uint8)
     text = np.frombuffer(b"0123456789abcdef", np.uint8)[digits]
     ids = pa.Array.from_buffers(
-        pa.string(), configs, [None, pa.py_buffer(np.arange(0, 12 * configs + 1, 12, dtype=np.int32)), pa.py_buffer(text)]
+        pa.string(),
+        configs,
+        [None, pa.py_buffer(np.arange(0, 12 * configs + 1, 12, dtype=np.int32)), pa.py_buffer(text)],
     )
     which = np.random.default_rng(seed)  # the same knobs are drawn in all blocks
     columns = {}
@@ -86,7 +101,9 @@ def _knob(draw: np.random.Generator, kind: str, configs: int, drawn: bool, somet
         values = draw.random(configs) < 0.5 if drawn else np.zeros(configs, dtype=bool)
     else:
         choices = pa.array(["cosine", "linear", "constant"])
-        return choices.take(pa.array(draw.integers(0, 3, configs) if drawn else np.zeros(configs, np.int64), mask=null))
+        return choices.take(
+            pa.array(draw.integers(0, 3, configs) if drawn else np.zeros(configs, np.int64), mask=null)
+        )
     return pa.array(values, mask=null)
 
 
@@ -146,19 +163,32 @@ def _rows(block: _Block, seeds: range, knobs: Mapping[str, str]) -> pa.Table:
         "seed": pa.array(seed_of),
         "cohort": pa.array(cohort),
         "status": pa.array(status, pa.string()),
-        "stop_reason": pa.array(np.where(status == "stopped", "halving at epoch 9", "").astype(object), pa.string()),
+        "stop_reason": pa.array(
+            np.where(status == "stopped", "halving at epoch 9", "").astype(object), pa.string()
+        ),
         "error": pa.array(np.where(status == "failed", "TaskError: no data", "").astype(object), pa.string()),
         "epochs": pa.array(np.where(status == "stopped", 9, 20)),
         "parameters": pa.array(block.width[owner] * 69),
         "nan_count": pa.array(nan_count),
         "nan_loss": pa.array(nan_count),
-        **{name: pa.array(np.zeros(number, np.int64)) for name in ("nan_gradient", "nan_output", "nan_parameter")},
+        **{
+            name: pa.array(np.zeros(number, np.int64))
+            for name in ("nan_gradient", "nan_output", "nan_parameter")
+        },
     }
-    started = np.datetime64(STARTED.replace(tzinfo=None), "us") + np.cumsum(draw.integers(1, 2_000_000, number))
+    started = np.datetime64(STARTED.replace(tzinfo=None), "us") + np.cumsum(
+        draw.integers(1, 2_000_000, number)
+    )
     columns["started_at"] = pa.array(started).cast(pa.timestamp("us", tz="UTC"))
     columns |= dict(zip(block.knobs.column_names, block.knobs.take(pa.array(owner)).columns, strict=True))
     same = {"run_id": "5204e58d142c", "task": "table", "searcher": "tpe", "nan_origin": "", "pack_note": ""}
-    same |= {"commit": "0" * 40, "hostname": "node", "device": "cpu", "data_digest": "d" * 64, "plan_digest": "p" * 16}
+    same |= {
+        "commit": "0" * 40,
+        "hostname": "node",
+        "device": "cpu",
+        "data_digest": "d" * 64,
+        "plan_digest": "p" * 16,
+    }
     schema = row_schema(knobs, EXTRA)
     arrays = []
     for field in schema:

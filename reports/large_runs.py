@@ -108,7 +108,7 @@ def rank_run(
     judged = _judge(survey, options, robustness)
     decision = decide(judged, options, most)
     held = np.sort(decision.order)
-    rows = _read_positions(pieces, schema, _leaderboard_columns(schema), survey.positions(held))
+    rows = _read_configs(survey, held, pieces, schema)
     trials = group_trials(rows, target_coverage=options.target_coverage, seeds=survey.seeds)
     leaderboard = make_leaderboard(
         trials,
@@ -173,7 +173,9 @@ def _pieces(footers: Sequence[Footer]) -> list[_Piece]:
     start, open_rows = 0, PIECE_ROWS
     for footer in footers:
         whole = _is_small(footer)
-        for groups in [tuple(range(len(footer.groups)))] if whole else [(g,) for g in range(len(footer.groups))]:
+        for groups in (
+            [tuple(range(len(footer.groups)))] if whole else [(g,) for g in range(len(footer.groups))]
+        ):
             part = _Part(footer, groups, start)
             start, rows = part.stop, part.stop - part.start
             if open_rows + rows > PIECE_ROWS:
@@ -184,12 +186,11 @@ def _pieces(footers: Sequence[Footer]) -> list[_Piece]:
     return pieces
 
 
-def _column_groups(piece: _Piece, first: Sequence[str], rest: Sequence[str]) -> list[list[str]]:
-    """The columns that are read together, `first` in one group: few of a large file, all of small ones."""
+def _column_groups(piece: _Piece, columns: Sequence[str]) -> list[Sequence[str]]:
+    """The columns that are read together: few of a large file, all of small ones."""
     if all(_is_small(part.footer) for part in piece):  # to open a file anew costs more than it saves
-        return [[*first, *(name for name in rest if name not in first)]]
-    groups = [list(rest[start : start + BATCH_COLUMNS]) for start in range(0, len(rest), BATCH_COLUMNS)]
-    return [list(first), *groups] if first else groups
+        return [columns]
+    return [columns[start : start + BATCH_COLUMNS] for start in range(0, len(columns), BATCH_COLUMNS)]
 
 
 def _is_small(footer: Footer) -> bool:
@@ -249,7 +250,8 @@ def _typed(batch: pa.RecordBatch, wanted: pa.Schema) -> pa.Table:
     columns = []
     for one in wanted:
         column = batch.column(one.name) if one.name in known else pa.nulls(len(batch), one.type)
-        columns.append(column if pa.types.is_dictionary(column.type) else column.cast(one.type))
+        as_it_is = column.type == one.type or pa.types.is_dictionary(column.type)
+        columns.append(column if as_it_is else column.cast(one.type))
     return pa.Table.from_arrays(columns, names=wanted.names)
 
 
@@ -264,7 +266,7 @@ class _UnusualIdsError(Exception):
 
 
 def _survey(pieces: Sequence[_Piece], schema: pa.Schema, options: RankingOptions, run: Path) -> _Survey:
-    """Reads every row once, with the columns that decide, and checks what must hold in all of them."""
+    """Reads the columns that decide, of every row, and checks what must hold in all of them."""
     try:
         return _survey_with(_HexIds(), pieces, schema, options, run)
     except _UnusualIdsError:
@@ -276,35 +278,33 @@ def _survey_with(
 ) -> _Survey:
     rows = pieces[-1][-1].stop
     values = {name: np.empty(rows, dtype=kind) for name, kind in trial_value_types(schema, options).items()}
-    fingerprints = np.zeros(rows, dtype=np.uint64)
     ids.open(rows)
-    knobs = config_columns(schema)
-    judged = _deciding_columns(schema, options)
+    columns = _deciding_columns(schema, options)
 
     def read(piece: _Piece) -> tuple[set[str | None], Counter[str]]:
         tasks: set[str | None] = set()
         statuses: Counter[str] = Counter()
-        for columns in _column_groups(piece, judged, knobs):
-            for here, table in _tables(piece, schema, columns):
-                fingerprints[here] += _fingerprint(table, [name for name in knobs if name in columns])
-                if "status" not in columns:
-                    continue
-                check_rows(table)
-                if "task" in columns:
-                    tasks.update(pc.unique(table.column("task")).to_pylist())
-                counted = pc.value_counts(table.column("status"))
-                statuses.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counted})
-                ids.put(here, table)
-                for name, numbers in judge_trials(Outcomes(table, options.target_coverage), options).items():
-                    values[name][here] = numbers
+        for here, table in _tables(piece, schema, columns):
+            check_rows(table)
+            if "task" in columns:
+                tasks.update(pc.unique(table.column("task")).to_pylist())
+            counted = pc.value_counts(table.column("status"))
+            statuses.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counted})
+            ids.put(here, table)
+            for name, numbers in judge_trials(Outcomes(table, options.target_coverage), options).items():
+                values[name][here] = numbers
         return tasks, statuses
 
     found = _in_threads(read, pieces)
     check_one_task(list(dict.fromkeys(task for tasks, _ in found for task in sorted(tasks, key=str))))
     statuses = sum((counted for _, counted in found), Counter[str]())
     grouped = ids.group(run)
-    seeds = sorted(set(np.unique(grouped.seeds).tolist())) if options.seeds is None else sorted(set(options.seeds))
-    survey = _Survey(
+    seeds = (
+        sorted(set(np.unique(grouped.seeds).tolist()))
+        if options.seeds is None
+        else sorted(set(options.seeds))
+    )
+    return _Survey(
         values=values,
         order=grouped.order,
         starts=grouped.starts,
@@ -314,8 +314,6 @@ def _survey_with(
         statuses=statuses,
         ids=ids,
     )
-    _check_one_config_each(survey, fingerprints, pieces, schema)
-    return survey
 
 
 def _deciding_columns(schema: pa.Schema, options: RankingOptions) -> list[str]:
@@ -331,30 +329,70 @@ def _leaderboard_columns(schema: pa.Schema) -> list[str]:
     return [name for name in schema.names if name in wanted]
 
 
+def _read_configs(survey: _Survey, held: Ints, pieces: Sequence[_Piece], schema: pa.Schema) -> pa.Table:
+    """The rows of the held configs, with what a leaderboard is made of.
+
+    Raises ValueError where a config_id of the run stands for two configs, as `reports.aggregate.group_trials`
+    does. As the knobs of all rows cannot be held together, a number that they come to is, by which the rows of
+    a config are compared; the rows of those that differ in it are then compared as they are.
+    """
+    knobs = config_columns(schema)
+    fingerprints = np.zeros(len(survey.order), dtype=np.uint64)
+
+    def look(here: slice, table: pa.Table) -> None:
+        present = set(table.column_names)
+        fingerprints[here] += _fingerprint(table, [name for name in knobs if name in present])
+
+    rows = _read_positions(pieces, schema, _leaderboard_columns(schema), survey.positions(held), knobs, look)
+    ordered = fingerprints[survey.order]
+    low = np.minimum.reduceat(ordered, survey.starts)
+    differing = np.flatnonzero(np.maximum.reduceat(ordered, survey.starts) != low)
+    columns = [name for name in schema.names if name in {*NEEDED_COLUMNS, *knobs}]
+    for start in range(0, len(differing), LEADERBOARD_CONFIGS):
+        those = survey.positions(differing[start : start + LEADERBOARD_CONFIGS])
+        group_trials(_read_positions(pieces, schema, columns, those))
+    return rows
+
+
 def _read_positions(
-    pieces: Sequence[_Piece], schema: pa.Schema, columns: Sequence[str], positions: Ints
+    pieces: Sequence[_Piece],
+    schema: pa.Schema,
+    columns: Sequence[str],
+    positions: Ints,
+    all_of: Sequence[str] = (),
+    look: Callable[[slice, pa.Table], None] | None = None,
 ) -> pa.Table:
-    """The rows of the run with these numbers, in ascending order; parts without any of them are not opened."""
+    """The rows of the run with these numbers, which ascend.
 
+    `look` is handed the columns `all_of`, of all rows, and perhaps others with them, some rows and columns at a
+    time; nothing else is read that holds none of the rows.
+    """
     wanted = pa.schema([(name, schema.field(name).type) for name in columns])
+    ordered = [*all_of, *(name for name in columns if name not in all_of)]
 
-    def span(start: int, stop: int) -> Ints:
-        return positions[np.searchsorted(positions, start) : np.searchsorted(positions, stop)]
+    def span(rows: slice) -> Ints:
+        return positions[np.searchsorted(positions, rows.start) : np.searchsorted(positions, rows.stop)]
 
-    def read(piece: _Piece) -> pa.Table | None:
-        parts = [part for part in piece if len(span(part.start, part.stop))]
+    def read(piece: _Piece) -> pa.Table:
+        has_some = len(span(slice(piece[0].start, piece[-1].stop))) > 0
         found: dict[str, pa.ChunkedArray] = {}
-        for group in _column_groups(piece, [], columns) if parts else ():
-            held = []
-            for part in parts:
-                for rows, table in _tables([part], schema, group):
-                    here = span(rows.start, rows.stop) - rows.start
-                    held.append(table.take(pa.array(here)).cast(pa.schema([wanted.field(n) for n in group])))
-            table = pa.concat_tables(held)
-            found |= dict(zip(table.column_names, table.columns, strict=True))
-        return pa.table(found, schema=wanted) if parts else None
+        for group in _column_groups(piece, ordered if has_some else all_of):
+            types = pa.schema([schema.field(name) for name in group]).remove_metadata()
+            taken = [types.empty_table()]
+            parts = [part for part in piece if look or len(span(slice(part.start, part.stop)))]
+            for here, table in _tables(parts, schema, group) if group else ():
+                if look is not None:
+                    look(here, table)
+                rows = span(here) - here.start
+                if len(rows):
+                    taken.append(table.take(pa.array(rows)).cast(types))
+            held = pa.concat_tables(taken)
+            found |= dict(zip(held.column_names, held.columns, strict=True))
+        return (
+            pa.table([found[name] for name in columns], schema=wanted) if has_some else wanted.empty_table()
+        )
 
-    return pa.concat_tables([table for table in _in_threads(read, pieces) if table is not None])
+    return pa.concat_tables(_in_threads(read, pieces))
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,8 +543,8 @@ def _characters(text: pa.Array, width: int) -> npt.NDArray[np.uint8]:
 
 
 def _one_array(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name).combine_chunks()
-    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    chunks = table.column(name).chunks
+    return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
 
 
 def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
@@ -517,11 +555,9 @@ def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
         if column.null_count == len(column):
             continue  # null adds nothing, nor does a column that a fragment lacks
         bits = _bits(column)
-        bits *= np.uint64(_text_bits(name) | 1)
+        # What differs in the highest bits alone, as 0.5 and 0.25 do, must not be lost in the product.
         bits ^= bits >> np.uint64(32)
-        bits += np.uint64(_text_bits(name))
-        bits *= np.uint64(0x9E3779B97F4A7C15)
-        bits ^= bits >> np.uint64(29)
+        bits *= np.uint64(_text_bits(name) | 1)
         if column.null_count:
             bits[column.is_null().to_numpy(zero_copy_only=False)] = 0
         total += bits
@@ -548,22 +584,6 @@ def _bits(column: pa.Array) -> Keys:
 
 def _text_bits(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _check_one_config_each(
-    survey: _Survey, fingerprints: Keys, pieces: Sequence[_Piece], schema: pa.Schema
-) -> None:
-    """ValueError where one config_id stands for two configs, as `reports.aggregate.group_trials` raises it.
-
-    Fingerprints say which configs have rows that differ; those rows are read and compared by their values.
-    """
-    ordered = fingerprints[survey.order]
-    low = np.minimum.reduceat(ordered, survey.starts)
-    differing = np.flatnonzero(np.maximum.reduceat(ordered, survey.starts) != low)
-    columns = [name for name in schema.names if name in {*NEEDED_COLUMNS, *config_columns(schema)}]
-    for start in range(0, len(differing), LEADERBOARD_CONFIGS):
-        those = survey.positions(differing[start : start + LEADERBOARD_CONFIGS])
-        group_trials(_read_positions(pieces, schema, columns, those))
 
 
 def _judge(survey: _Survey, options: RankingOptions, robustness: pa.Table | None) -> Judged:

@@ -368,7 +368,8 @@ def find_scores(trials: Trials, robustness: pa.Table | None) -> dict[str, Floats
     places = [place.get(config_id, -1) for config_id in robustness.column("config_id").to_pylist()]
     columns = [robustness.column(name) for name in (ROBUSTNESS, *INTERVAL)]
     return {
-        name: spread_scores(column, places, trials.configs) for name, column in zip(names, columns, strict=True)
+        name: spread_scores(column, places, trials.configs)
+        for name, column in zip(names, columns, strict=True)
     }
 
 
@@ -411,7 +412,9 @@ def _reasons(trials: Trials, judged: Judged, feasible: Bools, options: RankingOp
     wrong = judge_trials(trials, options)["wrong"]
     for bit, what in enumerate(reasons(options)):
         found: dict[int, list[int]] = {}
-        for trial in np.flatnonzero((wrong >> wrong.dtype.type(bit) & wrong.dtype.type(1)) & ~feasible[owner]):
+        for trial in np.flatnonzero(
+            (wrong >> wrong.dtype.type(bit) & wrong.dtype.type(1)) & ~feasible[owner]
+        ):
             found.setdefault(int(owner[trial]), []).append(int(trial))
         for config, indices in found.items():
             text = f"{_seeds([seeds[index] for index in indices])} {what}"
