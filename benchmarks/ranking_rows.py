@@ -1,8 +1,8 @@
 """Rows of a large run, made up: the columns of a real sweep, outcomes that scatter as those of real ones do.
 
-Every knob of the table has its column; those that a usual plan draws differ between configs, the others hold
-one value or null. Of the trials some fail, some diverge, and some answer nothing. A config's last seed lies in
-another file than its others, as in a run that was interrupted and went on.
+Every knob of the table has its column; those that a usual plan draws differ between configs, the others
+hold one value or null. Of the trials some fail, some diverge, and some answer nothing. A config's last seed
+lies in another file than its others, as in a run that was interrupted and went on.
 """
 
 from __future__ import annotations

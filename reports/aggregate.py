@@ -179,7 +179,7 @@ def spread_columns(schema: pa.Schema) -> list[str]:
 
 
 def count_missing(seed: Ints, starts: Ints, seeds: Sequence[int]) -> Ints:
-    """Per config, how many of `seeds` are without a trial; the trials' own seeds stand config by config, sorted."""
+    """How many of `seeds` each config lacks; `seed` is that of each trial, sorted config by config."""
     first = np.ones(len(seed), dtype=bool)
     first[1:] = seed[1:] != seed[:-1]
     first[starts] = True

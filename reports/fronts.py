@@ -10,8 +10,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# Points looked at together at first, by and by more; and how many points of the last wanted front each of them
-# is held against before it is ranked.
+# Points looked at together at first, by and by more; and how many points of the last wanted front each is
+# held against before it is ranked.
 FIRST_CHUNK = 4096
 GUARDS = 256
 
@@ -28,7 +28,7 @@ def pareto_fronts(points: Floats) -> Ints:
 
 
 def first_fronts(points: Floats, wanted: int) -> Ints:
-    """The front of every point that is in one of the fronts that the best `wanted` points fill, -1 for the others.
+    """The front of every point in the first fronts, those that hold the best `wanted` points; -1 for others.
 
     The numbers are those of `pareto_fronts`, and every front is there whole or not at all: the first ones,
     until they hold `wanted` points or more, or all there are. Time and memory do not grow with the fronts
@@ -41,7 +41,7 @@ def first_fronts(points: Floats, wanted: int) -> Ints:
         raise ValueError(f"wanted must be >= 1, got {wanted=}")
     ranks = _dense_ranks(points)
     fronts = np.full(len(ranks), -1, dtype=np.int64)
-    # What dominates a point has a smaller sum of ranks, hence stands before it: a front, once found, is final.
+    # What dominates a point has a smaller sum of ranks, so stands before it: a front, once found, is final.
     order = np.argsort(ranks.sum(axis=1))
     held = np.zeros(0, dtype=np.int64)  # the points of the fronts that are wanted so far, and of no other
     full = False  # whether these hold as many points as are wanted
@@ -79,7 +79,7 @@ def _fronts_of_ranks(ranks: Floats) -> Ints:
 
 
 def _undominated(points: Floats, guards: Floats) -> Bools:
-    """Which points no guard dominates; only some of many guards are asked, so more points may be left than need be.
+    """Which points no guard dominates; of many guards only some are asked, so more may be left than need be.
 
     Points and guards are ranks, and no point has a smaller sum than a guard.
     """

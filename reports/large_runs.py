@@ -84,21 +84,21 @@ def rank_run(
     options: RankingOptions | None = None,
     robustness: pa.Table | None = None,
     *,
-    large_rows: int = LARGE_ROWS,
+    large_rows: int | None = None,
     most: int = LEADERBOARD_CONFIGS,
 ) -> pa.Table:
     """The leaderboard of the run folder, as `reports.ranking.rank` makes it of the run's rows.
 
-    For a run of more than `large_rows` rows it ends after the `most` best configs, ruled-out ones only where
-    fewer are feasible; each has the rank, the front and the numbers that it would have in the whole. What the
-    run holds beside them is counted (`reports.ranking.run_totals`).
+    For a run of more than `large_rows` rows (None: LARGE_ROWS) it ends after the `most` best configs,
+    ruled-out ones only where fewer are feasible; each has the rank, the front and the numbers that it would
+    have in the whole. What the run holds beside them is counted (`reports.ranking.run_totals`).
 
     Raises RunReadError as `reports.rows.read_rows`, and ValueError as `rank`. Damage in a column that a large
     run is not ranked by is not seen.
     """
     options = options or RankingOptions()
     footers = read_footers(find_rows(run), kind="rows")
-    if sum(footer.rows for footer in footers) <= large_rows:
+    if sum(footer.rows for footer in footers) <= (LARGE_ROWS if large_rows is None else large_rows):
         return rank(read_rows(run), options, robustness)
     schema = merge_schemas(footers)
     check_columns(schema)
@@ -142,7 +142,7 @@ _Piece = list[_Part]  # what one thread reads at a time; its rows follow one ano
 
 @dataclass(slots=True)
 class _Survey:
-    """What is known of the run after the first pass: arrays per trial in the order of the files, and that order.
+    """What is known of the run after the first pass: arrays per trial as the files have them, and an order.
 
     order   the trials ordered by config_id, seed and trial_id
     starts  (configs,) where in that order the trials of each config begin; counts, how many they are
@@ -158,7 +158,7 @@ class _Survey:
     ids: _Ids
 
     def take(self, name: str) -> npt.NDArray[Any]:
-        """The values of that name in the order of the configs; they are given up, and cannot be asked for again."""
+        """The values of that name, config by config; they are given up, and cannot be asked for again."""
         return self.values.pop(name)[self.order]
 
     def positions(self, configs: Ints) -> Ints:
@@ -200,7 +200,7 @@ def _is_small(footer: Footer) -> bool:
 def _tables(
     parts: Sequence[_Part], schema: pa.Schema, columns: Sequence[str]
 ) -> Iterator[tuple[slice, pa.Table]]:
-    """The rows of the parts with these columns, some ten thousand at a time, and which rows of the run they are.
+    """The rows of the parts with these columns, some ten thousand at a time, and their numbers in the run.
 
     Their types are those of the schema; text, ids apart, may be encoded by a dictionary.
     """
@@ -333,8 +333,8 @@ def _read_configs(survey: _Survey, held: Ints, pieces: Sequence[_Piece], schema:
     """The rows of the held configs, with what a leaderboard is made of.
 
     Raises ValueError where a config_id of the run stands for two configs, as `reports.aggregate.group_trials`
-    does. As the knobs of all rows cannot be held together, a number that they come to is, by which the rows of
-    a config are compared; the rows of those that differ in it are then compared as they are.
+    does. As the knobs of all rows cannot be held together, a number that they come to is, by which the rows
+    of a config are compared; the rows of those that differ in it are then compared as they are.
     """
     knobs = config_columns(schema)
     fingerprints = np.zeros(len(survey.order), dtype=np.uint64)
@@ -364,8 +364,8 @@ def _read_positions(
 ) -> pa.Table:
     """The rows of the run with these numbers, which ascend.
 
-    `look` is handed the columns `all_of`, of all rows, and perhaps others with them, some rows and columns at a
-    time; nothing else is read that holds none of the rows.
+    `look` is handed the columns `all_of`, of all rows, and perhaps others with them, some rows and columns at
+    a time; nothing else is read that holds none of the rows.
     """
     wanted = pa.schema([(name, schema.field(name).type) for name in columns])
     ordered = [*all_of, *(name for name in columns if name not in all_of)]
@@ -397,7 +397,7 @@ def _read_positions(
 
 @dataclass(frozen=True, slots=True)
 class _Grouped:
-    """The order of the trials by config_id, seed and trial_id, the first of each config, and the seeds so ordered."""
+    """The trials ordered by config_id, seed and trial_id; where each config begins, and the seeds, in it."""
 
     order: Ints
     starts: Ints
@@ -548,7 +548,7 @@ def _one_array(table: pa.Table, name: str) -> pa.Array:
 
 
 def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
-    """A number per row that is the same for rows that hold the same in these columns, and hardly ever else."""
+    """A number per row, the same for rows that hold the same in these columns, and hardly ever else."""
     total = np.zeros(len(table), dtype=np.uint64)
     for name in columns:
         column = _one_array(table, name)

@@ -165,7 +165,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Which configs stand where: `feasible` and `front` (from 1; 0 for none) per config, `order` best first."""
+    """Which configs stand where: `feasible` and `front` (from 1; 0 for none) of each, `order` best first."""
 
     feasible: Bools
     front: Ints
@@ -262,7 +262,7 @@ def judge_configs(
 
 
 def decide(judged: Judged, options: RankingOptions, most: int | None = None) -> Decision:
-    """The place of every config; with `most` only of the best of them, as many, which stand where they always do.
+    """The place of every config; with `most`, of as many, the best, each where it always is.
 
     With `most`, `order` ends after that many, and `front` may be 0 for configs that are not among them.
     """
@@ -299,7 +299,7 @@ def make_leaderboard(
     options: RankingOptions,
     robustness: pa.Table | None = None,
 ) -> pa.Table:
-    """The leaderboard of these configs, one row each in the order that was decided; see `rank` for its columns.
+    """The leaderboard of these configs, one row each in the order decided; see `rank` for its columns.
 
     Every column of a leaderboard is put in here, whichever way its configs were judged. Configs of all three
     arguments are the same, ordered by config_id, and best first they are the best of their run.
@@ -322,7 +322,7 @@ def make_leaderboard(
 
 
 def run_totals(leaderboard: pa.Table) -> dict[str, Any]:
-    """What the leaderboard says of its whole run: configs, feasible, n_trials, n_<status>, n_missing, ruled_out.
+    """What a leaderboard says of its whole run: configs, feasible, n_trials, n_<status>, n_missing.
 
     `ruled_out` is empty where the leaderboard holds every config, as its rows then say why. For that of a
     large run (`reports.large_runs`) it lists what ruled configs out: `why`, how many `configs` it met (some
@@ -374,7 +374,7 @@ def find_scores(trials: Trials, robustness: pa.Table | None) -> dict[str, Floats
 
 
 def spread_scores(scores: pa.ChunkedArray, places: Sequence[int], configs: int) -> Floats:
-    """The scores as an array over configs, each at its place (-1 for a config that is not there), NaN elsewhere."""
+    """The scores as an array over configs, each at its place (-1 for none), NaN elsewhere."""
     spread = np.full(configs, np.nan)
     for score, place in zip(scores.to_pylist(), places, strict=True):
         if place >= 0 and score is not None:
