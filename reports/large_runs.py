@@ -12,6 +12,7 @@ judged in `ranking`. pyarrow reads the files, as DuckDB does not verify the chec
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -281,13 +282,13 @@ def _survey_with(
     ids.open(rows)
     columns = _deciding_columns(schema, options)
 
-    def read(piece: _Piece) -> tuple[set[str | None], Counter[str]]:
-        tasks: set[str | None] = set()
+    def read(piece: _Piece) -> tuple[dict[str | None, None], Counter[str]]:
+        tasks: dict[str | None, None] = {}
         statuses: Counter[str] = Counter()
         for here, table in _tables(piece, schema, columns):
             check_rows(table)
             if "task" in columns:
-                tasks.update(pc.unique(table.column("task")).to_pylist())
+                tasks.update(dict.fromkeys(pc.unique(table.column("task")).to_pylist()))
             counted = pc.value_counts(table.column("status"))
             statuses.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counted})
             ids.put(here, table)
@@ -296,7 +297,7 @@ def _survey_with(
         return tasks, statuses
 
     found = _in_threads(read, pieces)
-    check_one_task(list(dict.fromkeys(task for tasks, _ in found for task in sorted(tasks, key=str))))
+    check_one_task(list(dict.fromkeys(task for tasks, _ in found for task in tasks)))
     statuses = sum((counted for _, counted in found), Counter[str]())
     grouped = ids.group(run)
     seeds = (
@@ -535,6 +536,8 @@ def _is_made_of(trials: pa.Array, ids: pa.Array, seeds: pa.Array) -> bool:
 
 def _characters(text: pa.Array, width: int) -> npt.NDArray[np.uint8]:
     """The bytes of texts that are all `width` long, one row each; _UnusualIdsError if they are not."""
+    if len(text) == 0:
+        return np.zeros((0, width), dtype=np.uint8)
     bounds = np.frombuffer(text.buffers()[1], dtype=np.int32)[text.offset : text.offset + len(text) + 1]
     if text.null_count or not (np.diff(bounds) == width).all():
         raise _UnusualIdsError
@@ -557,7 +560,8 @@ def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
         bits = _bits(column)
         # What differs in the highest bits alone, as 0.5 and 0.25 do, must not be lost in the product.
         bits ^= bits >> np.uint64(32)
-        bits *= np.uint64(_text_bits(name) | 1)
+        bits *= _name_bits(name)
+        bits += _name_bits(name)  # so that 0 is not null
         if column.null_count:
             bits[column.is_null().to_numpy(zero_copy_only=False)] = 0
         total += bits
@@ -580,6 +584,11 @@ def _bits(column: pa.Array) -> Keys:
     if pa.types.is_integer(column.type):
         return values.copy()
     return (values.view(np.float64) + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
+
+
+@functools.cache
+def _name_bits(name: str) -> np.uint64:
+    return np.uint64(_text_bits(name) | 1)
 
 
 def _text_bits(text: str) -> int:
