@@ -8,8 +8,9 @@ decide and takes means by config with groupby, without fronts, checks or a leade
     python benchmarks/ranking_scale.py [--quick] [--json PATH] [--folder PATH]
 
 Full size: 1 and 10 million rows. Targets: at most 3 s and 30 s, and 2 GB of memory at their peak; with
---quick (100 thousand rows) 3 s and 2 GB, and the leaderboard must be the one of the rows ranked in memory.
-The data, 2 GB of it, goes into a temporary folder, in --folder if given, and is removed.
+--quick (100 thousand rows) 5 s and 2 GB, and the leaderboard must be the one of the rows ranked in memory.
+The data, 2 GB of it, goes into a temporary folder, in --folder if given, and is removed. Seconds on the
+clock say little on a machine that is busy with other work; those of the processors (cpu s) say more there.
 
 Exit code 0 when the targets are met, 1 when one is missed, 2 for a wrong argument.
 """
@@ -81,10 +82,10 @@ class Result:
         )
 
 
-QUICK = (Case(100_000, CONFIGS_PER_FILE, 3.0, 3), Case(20_000, FRAGMENT_CONFIGS, None, 1))
+QUICK = (Case(100_000, CONFIGS_PER_FILE, 5.0, 3), Case(20_000, FRAGMENT_CONFIGS, None, 1))
 FULL = (
     Case(1_000_000, CONFIGS_PER_FILE, 3.0, 3),
-    Case(10_000_000, CONFIGS_PER_FILE, 30.0, 1),
+    Case(10_000_000, CONFIGS_PER_FILE, 30.0, 2),
     Case(1_000_000, FRAGMENT_CONFIGS, None, 1),
 )
 
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"there is no folder {path}")
     results = []
     same = True
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before anything was started here")
     print(f"{'rows':>10} {'files':>6} {'':8} {'wall s':>8} {'cpu s':>8} {'peak MB':>8}  target")
     for case in QUICK if options.quick else FULL:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -569,9 +569,11 @@ def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
 
 
 def _bits(column: pa.Array) -> Keys:
-    """64 bits per value, in an array of its own; any for null."""
+    """64 bits per value, in an array of its own, or once where all values are one; any for null."""
     if pa.types.is_dictionary(column.type):
         values = np.array([_text_bits(text) for text in column.dictionary.to_pylist()], dtype=np.uint64)
+        if len(values) == 1 and not column.null_count:
+            return values
         return values[column.indices.fill_null(0).to_numpy()]
     if pa.types.is_string(column.type):
         return _bits(column.dictionary_encode())
