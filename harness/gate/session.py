@@ -1,0 +1,584 @@
+"""One gate from suite to verdict: arms are set up, seeds are trained look by look, and what came out is decided.
+
+What is trained is kept in the folder of the gate, by arm and by everything that decides its rows: a gate that
+was interrupted goes on where it was, and rows of other code, settings or libraries are never used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError, one_line
+from harness.gate.arm_rows import ArmRows, ArmStore, Key, arm_digest, row_place
+from harness.gate.arms import (
+    Arm,
+    WorkerDied,
+    ask_once,
+    candidate_arm,
+    commit_arm,
+    data_file,
+    find_commit,
+    greet,
+    python_arm,
+    self_arm,
+)
+from harness.gate.baselines import (
+    Manifest,
+    Version,
+    accepted_as,
+    anchors,
+    baselines_root,
+    check_expiry,
+    find_manifest,
+    no_baseline,
+    read_baseline,
+)
+from harness.gate.codes import EXIT_BASELINE, EXIT_INCOMPLETE, EXIT_USAGE
+from harness.gate.comparison import Comparison, compare_arms
+from harness.gate.decision import GateDecision, decide
+from harness.gate.fingerprint import Fingerprint, machine_fingerprint, usable_cores
+from harness.gate.pool import Answer, Job, Pool
+from harness.gate.rules import GateRules
+from harness.gate.suite import Suite, suite_values
+from reports.fragments import RunReadError, write_json_atomically
+
+SESSION_FILE = "session.json"
+LOCK_FILE = ".lock"
+SESSION_VERSION = 1
+LAUNCH_TIMEOUT_S = 600.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateOptions:
+    """What a gate is compared with, and where it writes.
+
+    against: a commit. baseline_python: an interpreter. Neither: the stored baseline. any_baseline: the stored
+    one where it fits, else the commit where it is there, else the candidate itself. record: train the candidate
+    on every seed, and compare with nothing. wait: for another gate in the same folder, instead of refusing.
+    """
+
+    out: Path
+    against: str | None = None
+    baseline_python: Path | None = None
+    any_baseline: bool = False
+    baselines: Path | None = None
+    record: bool = False
+    wait: bool = False
+    today: Callable[[], Any] = lambda: datetime.now(UTC).date()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """One baseline that the candidate was compared with, and the decision."""
+
+    name: str
+    label: str
+    decision: GateDecision
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """What came of a gate: a decision for each anchor (none where the candidate was only recorded)."""
+
+    suite: Suite
+    anchors: tuple[Anchor, ...]
+    notes: tuple[str, ...]
+    candidate: str
+    candidate_folder: Path
+    fingerprint: Fingerprint
+    accepted: Version | None
+    trained: int
+    reused: int
+
+
+def run_gate(suite: Suite, options: GateOptions, say: Say) -> GateResult:
+    """Train what is missing, look by look, and decide; a `UserError` where there is nothing to decide on."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gate_folder(options.out, wait=options.wait))
+        candidate = candidate_arm(suite)
+        told = greet(candidate)
+        here = machine_fingerprint(told)
+        root = options.baselines if options.baselines is not None else baselines_root(suite.path)
+        chosen = choose_baseline(suite, options, root, here, stack, candidate_code=told["code"])
+        arms, hellos = [candidate], {"candidate": told}
+        if chosen.arm is not None:
+            arms.append(chosen.arm)
+            # The candidate asked again would say the same.
+            same = chosen.arm.path == candidate.path and chosen.arm.python == candidate.python
+            hellos["baseline"] = told if same else greet(chosen.arm)
+            check_same_versions(told, hellos["baseline"])
+        stores = {}
+        for arm in arms:
+            stores[arm.name] = open_store(options.out, arm, hellos[arm.name], here)
+            stack.callback(stores[arm.name].close)
+        write_session(options.out, suite, stores, hellos)
+        work = Work(suite, arms, stores, hellos, say)
+        stack.enter_context(work.pool)
+        work.check_kept()
+        if options.record:
+            work.train(suite.seeds)
+            work.time(suite.seeds)
+            decided: tuple[Anchor, ...] = ()
+            check_recorded(suite, stores["candidate"].taken)
+        else:
+            decided = take_looks(suite, chosen, work, say)
+        return GateResult(
+            suite=suite,
+            anchors=decided,
+            notes=chosen.notes,
+            candidate=told_arm(stores["candidate"].taken),
+            candidate_folder=stores["candidate"].folder,
+            fingerprint=here,
+            accepted=None if chosen.stored else accepted_as(root, suite.name, told["code"], options.today()),
+            trained=work.trained,
+            reused=work.reused,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenBaseline:
+    """What the candidate is compared with: an arm that trains beside it, or versions that are stored."""
+
+    arm: Arm | None = None
+    stored: tuple[tuple[str, ArmRows], ...] = ()
+    nan_allowance: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose_baseline(
+    suite: Suite,
+    options: GateOptions,
+    root: Path,
+    here: Fingerprint,
+    stack: contextlib.ExitStack,
+    *,
+    candidate_code: str,
+) -> ChosenBaseline:
+    """What to compare with; a `UserError` with the code for baselines where it is not there."""
+    if options.record:
+        return ChosenBaseline()
+    if options.baseline_python is not None:
+        return ChosenBaseline(arm=python_arm(suite, options.baseline_python))
+    manifest = find_manifest(root, suite.name, here) if options.against is None or options.any_baseline else None
+    if manifest is not None:
+        return stored_baseline(manifest, options)
+    if options.against is not None and (
+        not options.any_baseline or find_commit(suite.path, options.against) is not None
+    ):
+        arm = stack.enter_context(commit_arm(suite, options.against))
+        note = f"no stored baseline fits this machine ({here.identity}): compared with a commit instead"
+        return ChosenBaseline(arm=arm, notes=(note,) if options.any_baseline else ())
+    if options.any_baseline:
+        notes = (
+            "no baseline fits this machine"
+            + ("" if options.against is None else f" and commit {options.against} is not here")
+            + ": this code was compared with itself, which proves the machinery and nothing about a change",
+        )
+        return ChosenBaseline(arm=self_arm(suite), notes=notes)
+    raise no_baseline(root, suite.name, suite.path, here)
+
+
+def stored_baseline(manifest: Manifest, options: GateOptions) -> ChosenBaseline:
+    """The anchors of a manifest, read and checked."""
+    found = anchors(manifest)
+    check_expiry(found[0][1], options.today())
+    stored = tuple((name, read_baseline(manifest, version)) for name, version in found)
+    return ChosenBaseline(stored=stored, nan_allowance=manifest.nan_allowance)
+
+
+def check_same_versions(candidate: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
+    """Refuse arms whose libraries or device differ: the code would not be what is compared."""
+    differing = [
+        f"{name} {baseline[name]} in the baseline, {candidate[name]} in the candidate"
+        for name in ("torch", "device", "capability")
+        if baseline[name] != candidate[name]
+    ]
+    minor = [".".join(told["python"].split(".")[:2]) for told in (baseline, candidate)]
+    if minor[0] != minor[1]:
+        differing.append(f"Python {minor[0]} in the baseline, {minor[1]} in the candidate")
+    if differing:
+        raise UserError(
+            f"the arms do not compare: {'; '.join(differing)}; install the same versions for both",
+            EXIT_BASELINE,
+        )
+
+
+def take_looks(suite: Suite, chosen: ChosenBaseline, work: Work, say: Say) -> tuple[Anchor, ...]:
+    """Train the seeds of one look after another until the verdict is not open any more."""
+    rules = suite.rules
+    if chosen.nan_allowance is not None and chosen.nan_allowance < rules.nan_allowance:
+        say(f"nan_allowance is {chosen.nan_allowance}, as accepted last: it may only fall")
+        rules = replace(rules, nan_allowance=chosen.nan_allowance)
+    if len(chosen.stored) > 1:
+        # Two comparisons may each raise a false alarm; together they are to do so no more often than one.
+        rules = replace(rules, alpha=rules.alpha / len(chosen.stored))
+    most = max_look(suite, chosen)
+    for look in rules.looks:
+        seeds = suite.seeds[:look]
+        say(
+            f"look {rules.looks.index(look) + 1} of {len(rules.looks)}: {look} seeds of "
+            f"{len(suite.scenarios)} scenarios"
+        )
+        work.train(seeds)
+        if suite.times_steps:
+            work.time(seeds)
+        decided = decide_anchors(suite, chosen, work, rules, look)
+        is_open = worst_verdict(decided) == "INCONCLUSIVE" and not any(one.decision.missing for one in decided)
+        if not is_open or look >= most:
+            break
+    return decided
+
+
+def max_look(suite: Suite, chosen: ChosenBaseline) -> int:
+    """The last look for which the stored baselines have seeds; all looks where both arms train."""
+    looks = suite.rules.looks
+    if not chosen.stored:
+        return looks[-1]
+    previous = chosen.stored[0][1]
+    had = [
+        look
+        for look in looks
+        if all((one.name, seed) in previous.rows for one in suite.scenarios for seed in suite.seeds[:look])
+    ]
+    return had[-1] if had else looks[0]
+
+
+def decide_anchors(
+    suite: Suite, chosen: ChosenBaseline, work: Work, rules: GateRules, look: int
+) -> tuple[Anchor, ...]:
+    """The decision against each anchor."""
+    candidate = work.stores["candidate"].taken
+    if chosen.arm is not None:
+        compared = [("baseline", work.stores["baseline"].taken)]
+    else:
+        compared = list(chosen.stored)
+    decided = []
+    for name, base in compared:
+        scenarios = [one.name for one in suite.scenarios]
+        notes: list[str] = []
+        if name == "release":
+            scenarios, notes = comparable_scenarios(suite, base)
+            if not scenarios:
+                continue
+        found = compare_arms(base, candidate, rules, scenarios=scenarios, seeds=suite.seeds[:look])
+        decided.append(make_anchor(name, told_arm(base), found, rules, look, notes))
+    return tuple(decided)
+
+
+def comparable_scenarios(suite: Suite, release: ArmRows) -> tuple[list[str], list[str]]:
+    """The scenarios that a release was asked in the same words, and a note on the others."""
+    asked = release.origin.get("config", {})
+    same = [one.name for one in suite.scenarios if asked.get(one.name) == one.question]
+    other = [one.name for one in suite.scenarios if one.name not in same]
+    if not other:
+        return same, []
+    return same, [f"not compared with the last release, which has no such scenario: {', '.join(other)}"]
+
+
+def make_anchor(
+    name: str, label: str, found: Comparison, rules: GateRules, look: int, notes: Sequence[str] = ()
+) -> Anchor:
+    """The decision on a comparison, with its notes."""
+    decision = decide(found.pairs, found.nans, rules, look=look)
+    return Anchor(name=name, label=label, decision=decision, notes=(*found.notes, *notes))
+
+
+def worst_verdict(decided: Sequence[Anchor]) -> str:
+    """FAIL before INCONCLUSIVE before PASS."""
+    verdicts = {one.decision.verdict for one in decided}
+    return next((verdict for verdict in ("FAIL", "INCONCLUSIVE") if verdict in verdicts), "PASS")
+
+
+def check_recorded(suite: Suite, taken: ArmRows) -> None:
+    """Refuse a recording in which a row is missing or failed."""
+    wanted = [(one.name, seed) for one in suite.scenarios for seed in suite.seeds]
+    lines = [
+        f"scenario {name!r}, seed {seed}: "
+        + ("no row" if (name, seed) not in taken.rows else str(taken.rows[name, seed].get("error")))
+        for name, seed in wanted
+        if (name, seed) not in taken.rows or taken.rows[name, seed].get("status") == "failed"
+    ]
+    if lines:
+        raise UserError(
+            f"{len(lines)} of {len(wanted)} trials are missing or failed", EXIT_INCOMPLETE, lines[:10]
+        )
+
+
+class Work:
+    """The trainings and launches of a gate's arms, and where they are kept."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        arms: Sequence[Arm],
+        stores: Mapping[str, ArmStore],
+        hellos: Mapping[str, Mapping[str, Any]],
+        say: Say,
+    ) -> None:
+        self.suite = suite
+        self.arms = arms
+        self.stores = stores
+        self.trained = 0
+        self.reused = sum(len(store.taken.rows) for store in stores.values())
+        self.lost: dict[tuple[str, Key], str] = {}
+        cores = len(arms) if suite.device != "cpu" else usable_cores()  # a GPU trains one at a time, in each arm
+        self.pool = Pool(arms, cores=cores, timeout_s=suite.timeout_s)
+        self._say = say
+        self._places = {
+            name: row_place(told, stores[name].taken.origin, suite.device) for name, told in hellos.items()
+        }
+        self._sitting = uuid.uuid4().hex[:8]
+
+    def check_kept(self) -> None:
+        """Refuse to go on with rows that were measured on other data than there are now."""
+        kept = {
+            (arm.name, key): row["data_digest"]
+            for arm in self.arms
+            for key, row in self.stores[arm.name].taken.rows.items()
+            if row.get("data_digest") is not None
+        }
+        if not kept:
+            return
+        self._say(f"{len(kept)} rows were there already")
+        jobs = [
+            Job(name, (name, key), {**self._request(name, key), "ask": "digest"}) for name, key in kept
+        ]
+        changed: list[str] = []
+
+        def compare(answer: Answer) -> None:
+            found = (answer.told or {}).get("data_digest")
+            if found is not None and found != kept[answer.job.key]:  # type: ignore[index]
+                _, key = answer.job.key  # type: ignore[misc]
+                changed.append(f"scenario {key[0]!r}, seed {key[1]}")
+
+        self.pool.run(jobs, compare)
+        if changed:
+            raise UserError(
+                f"the data have changed since rows of {changed[0]} were trained; name another folder by --out",
+                EXIT_INCOMPLETE,
+            )
+
+    def train(self, seeds: Sequence[int]) -> None:
+        """Train every scenario with every one of these seeds in every arm, as far as it is not there."""
+        jobs = []
+        for seed in seeds:
+            for scenario in self.suite.scenarios:
+                for arm in self.arms:
+                    key = (scenario.name, seed)
+                    if key not in self.stores[arm.name].taken.rows:
+                        request = {**self._request(arm.name, key), "ask": "train"}
+                        jobs.append(Job(arm.name, (arm.name, key), request))
+        if not jobs:
+            return
+        counter = Counter(f"training {len(jobs)} trials", len(jobs), self._say)
+
+        def take(answer: Answer) -> None:
+            name, key = answer.job.key  # type: ignore[misc]
+            counter.step()
+            if answer.told is None:
+                self.lost[name, key] = answer.lost
+                self._say(f"{name}: trial of {key[0]!r} with seed {key[1]} was lost: {one_line(answer.lost)}")
+                return
+            told = answer.told
+            if "error" in told:
+                told = {"outcome": {"status": "failed", "error": told["error"]}}
+            arm = next(arm for arm in self.arms if arm.name == name)
+            scenario = next(one for one in arm.suite.scenarios if one.name == key[0])
+            asked = next(one for one in self.suite.scenarios if one.name == key[0])
+            # The question is that of the suite, wherever an arm finds its files.
+            self.stores[name].add(replace(scenario, params=asked.params), key[1], told, self._places[name])
+            self.trained += 1
+
+        self.pool.run(jobs, take)
+        counter.close()
+
+    def time(self, seeds: Sequence[int]) -> None:
+        """Launch what times the steps: the arms of a scenario and seed one after the other, which first by lot."""
+        if not self.suite.times_steps:
+            return
+        names = [arm.name for arm in self.arms]
+        wanted = []
+        for scenario in self.suite.scenarios:
+            for seed in seeds:
+                key = (scenario.name, seed)
+                had = [set(self.stores[name].taken.launches.get(key, {})) for name in names]
+                if all(key in self.stores[name].taken.rows for name in names):
+                    wanted += [key] * (self.suite.launches - len(set.intersection(*had)))
+        if not wanted:
+            return
+        lot = random.Random(f"{self.suite.name} {len(seeds)}")
+        lot.shuffle(wanted)
+        counter = Counter(f"timing {len(wanted)} launches of each arm", len(wanted), self._say)
+        for number, key in enumerate(wanted):
+            order = lot.sample(self.arms, len(self.arms))
+            made = []
+            for place, arm in enumerate(order):
+                at = datetime.now(UTC)
+                made.append((arm.name, place, self._launch(arm, key), at))
+            counter.step()
+            if any(ms is None for _, _, ms, _ in made):
+                continue
+            pair = f"{self._sitting}-{len(seeds)}-{number}"
+            for name, place, ms, at in made:
+                assert ms is not None
+                self.stores[name].add_launch(*key, pair, place, ms, at)
+        counter.close()
+
+    def _launch(self, arm: Arm, key: Key) -> float | None:
+        request = {**self._request(arm.name, key), "ask": "time", "steps": self.suite.steps}
+        try:
+            told = ask_once(arm, request, LAUNCH_TIMEOUT_S)
+        except WorkerDied as error:
+            told = {"error": str(error)}
+        if "error" in told:
+            self._say(f"{arm.name}: launch of {key[0]!r} with seed {key[1]} failed: {one_line(told['error'])}")
+            return None
+        return float(told["step_time_ms"])
+
+    def _request(self, name: str, key: Key) -> dict[str, Any]:
+        arm = next(arm for arm in self.arms if arm.name == name)
+        scenario = next(one for one in arm.suite.scenarios if one.name == key[0])
+        return {"spec": scenario.spec, "config": scenario.config, "seed": key[1], "device": self.suite.device}
+
+
+class Counter:
+    """Says how far a long piece of work is: on a terminal as it goes on, elsewhere when it is done."""
+
+    def __init__(self, what: str, total: int, say: Say) -> None:
+        self._what, self._total, self._say = what, total, say
+        self._done = 0
+        self._started_s = time.monotonic()
+        self._shown_s = self._started_s
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self._shown_s > 5.0 and self._done < self._total:
+            self._shown_s = now
+            self._say(f"{self._what}: {self._done} done")
+
+    def close(self) -> None:
+        """All are done."""
+        self._say(f"{self._what}: {time.monotonic() - self._started_s:.1f} s")
+
+
+def open_store(out: Path, arm: Arm, told: Mapping[str, Any], here: Fingerprint) -> ArmStore:
+    """The folder of an arm: named by all that decides its rows, so that no others are ever taken for them."""
+    asked = arm_digest(suite_values(arm.suite))
+    provenance = told.get("provenance", {})
+    decides = {
+        "suite": asked,
+        "code": told["code"],
+        "python": told["python"],
+        "torch": told["torch"],
+        "numpy": provenance.get("numpy_version"),
+        "fingerprint": here.to_plain(),
+        "files": sorted(
+            (one.name, hashlib.sha256(path.read_bytes()).hexdigest())
+            for one in arm.suite.scenarios
+            if (path := data_file(one)) is not None
+        ),
+    }
+    digest = arm_digest(decides)
+    origin = {
+        "schema_version": SESSION_VERSION,
+        "arm": arm.name,
+        "label": arm.label,
+        "suite": arm.suite.name,
+        "digest": digest,
+        "question": asked,
+        "questions": {one.name: one.question for one in arm.suite.scenarios},
+        "code": told["code"],
+        "commit": arm.commit or provenance.get("commit"),
+        "commit_dirty": False if arm.commit else provenance.get("commit_dirty"),
+        "packages": {
+            **{name: value for name, value in provenance.items() if name.endswith("_version")},
+            "torch_version": told["torch"],
+            "python_version": told["python"],
+        },
+        "threads": told["threads"],
+        "fingerprint": here.to_plain(),
+    }
+    try:
+        return ArmStore(out / f"{arm.name}-{digest}", origin)
+    except (OSError, RunReadError) as error:
+        raise UserError(f"{out / f'{arm.name}-{digest}'}: {one_line(error)}", EXIT_INCOMPLETE) from None
+
+
+def told_arm(rows: ArmRows) -> str:
+    """An arm in a few words: what it is, its commit and the digest of its code."""
+    origin = rows.origin
+    commit = origin.get("commit")
+    dirty = " with changes" if origin.get("commit_dirty") else ""
+    parts = [str(origin.get("label") or rows.source)]
+    if commit and commit[:10] not in parts[0]:
+        parts.append(f"commit {commit[:10]}{dirty}")
+    if origin.get("code"):
+        parts.append(f"code {origin['code'][:8]}")
+    return ", ".join(parts)
+
+
+def write_session(
+    out: Path, suite: Suite, stores: Mapping[str, ArmStore], hellos: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Say in the gate's folder which suite it is of and which folders are its arms."""
+    values = {
+        "schema_version": SESSION_VERSION,
+        "suite": suite.name,
+        "suite_path": str(suite.path.resolve()),
+        "arms": {name: store.folder.name for name, store in stores.items()},
+    }
+    write_json_atomically(values, out / SESSION_FILE)
+
+
+def read_session(out: Path) -> dict[str, Any]:
+    """What `write_session` wrote; a `UserError` where the folder is not a gate's."""
+    path = out / SESSION_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values["arms"]["candidate"], str):
+            raise TypeError("arms.candidate must be text")
+        return dict(values)
+    except OSError:
+        raise UserError(f"{out} is not the folder of a gate: it holds no {SESSION_FILE}", EXIT_USAGE) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}", EXIT_USAGE) from None
+
+
+@contextlib.contextmanager
+def gate_folder(out: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the folder of a gate for the time of a `with` block, making it where it is not there."""
+    is_gate = (out / SESSION_FILE).is_file() or (out / LOCK_FILE).is_file()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file", EXIT_USAGE)
+    if out.is_dir() and not is_gate and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty and not the folder of a gate: name another", EXIT_USAGE)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = open(out / LOCK_FILE, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}", EXIT_USAGE) from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{out} is being written by another gate", EXIT_INCOMPLETE) from None
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+        yield
