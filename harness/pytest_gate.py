@@ -1,4 +1,4 @@
-"""A pytest plugin: `pytest --scm-gate SUITE.yaml` adds one test for each scenario and metric of a gate's suite.
+"""A pytest plugin: `pytest --scm-gate SUITE.yaml` adds one test for each scenario and metric of a suite.
 
 Without the option it does nothing and imports nothing. The gate runs once, when the first of its tests is run
 (and not when tests are only collected, or deselected), in the folder that `scm-harness gate run` would use:
@@ -108,7 +108,7 @@ class GateFile(pytest.File):
         return run_gate(self.suite, options, lambda text: print(shown(text)))
 
 
-class GateFailure(Exception):
+class GateFailedError(Exception):
     """A test of the gate that fails; the message is for the user, without a traceback."""
 
 
@@ -126,12 +126,12 @@ class GateItem(pytest.Item):
         result = self.parent.result()
         failures, open_ones = judge(result, self.scenario, self.metric)
         if failures and result.accepted is None:
-            raise GateFailure("\n".join([*failures, *open_ones]))
+            raise GateFailedError("\n".join([*failures, *open_ones]))
         if not open_ones:
             return
         means = self.config.getoption("--scm-gate-on-inconclusive")
         if means == "fail":
-            raise GateFailure("\n".join(open_ones))
+            raise GateFailedError("\n".join(open_ones))
         if means == "warn":
             pytest.skip("; ".join(open_ones))
 
@@ -139,7 +139,7 @@ class GateItem(pytest.Item):
         """The message alone where the gate has spoken, the usual traceback where something broke."""
         from harness.errors import UserError
 
-        if isinstance(excinfo.value, GateFailure):
+        if isinstance(excinfo.value, GateFailedError):
             return shown(str(excinfo.value), keep="\n")
         if isinstance(excinfo.value, UserError):
             return "\n".join(shown(f"error: {line}") for line in excinfo.value.lines)
@@ -174,5 +174,7 @@ def judge(result: GateResult, scenario: str, metric: str) -> tuple[list[str], li
 
 
 def shown(text: str, keep: str = "") -> str:
-    """The text on one line, without what a terminal would act on."""
-    return "".join(letter if letter.isprintable() or letter in keep else "?" for letter in text)
+    """The text as `harness.gate.merged.clean_text` gives it, loaded when there is something to show."""
+    from harness.gate.merged import clean_text
+
+    return clean_text(text, keep)

@@ -1,4 +1,4 @@
-"""`scm-harness gate`: does a change make training worse? Run it, check rows, accept a baseline, plan seeds."""
+"""`scm-harness gate`: does a change make training worse? Run, check rows, accept a baseline, plan seeds."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from harness.gate.codes import (
 
 if TYPE_CHECKING:
     from harness.gate.arm_rows import ArmRows
-    from harness.gate.session import Anchor, GateOptions, GateResult
+    from harness.gate.session import Anchor, GateResult
+    from harness.gate.suite import Suite
 
 RUNS = Path("runs") / "gate"
+MOST_ANNOTATIONS = 10  # more are not shown by GitHub
 ON_INCONCLUSIVE = ("fail", "warn", "pass")
 CODES = "exit codes: " + "; ".join(f"{code} {text}" for code, text in MEANINGS.items()) + "; 130 interrupted"
 
@@ -52,7 +54,12 @@ def run_parser() -> CommandParser:
         help="a stored baseline where one fits this machine, else --against where that commit is there, "
         "else this code against itself, and say which",
     )
-    add("--baselines", type=Path, metavar="DIR", help="stored baselines (default: baselines/ beside the suite)")
+    add(
+        "--baselines",
+        type=Path,
+        metavar="DIR",
+        help="stored baselines (default: baselines/ beside the suite)",
+    )
     add("--out", type=Path, metavar="DIR", help="where rows are kept (default: runs/gate/NAME of the suite)")
     add_output_options(parser)
     return parser
@@ -62,7 +69,7 @@ def check_parser() -> CommandParser:
     """The options of `gate check`."""
     parser = make_parser("check", "Decide on rows that are there already; nothing is trained.")
     add = parser.add_argument
-    what = "the folder of a gate or of one of its arms, of a sweep, a baseline's folder, or a Parquet file of rows"
+    what = "the folder of a gate, of one of its arms, of a baseline or of a sweep, or a Parquet file of rows"
     add("--baseline", type=Path, required=True, metavar="B", help=what)
     add("--candidate", type=Path, required=True, metavar="C", help="the same")
     add("--suite", type=Path, metavar="SUITE.yaml", help="margins and scenarios (default: the usual margins)")
@@ -72,12 +79,19 @@ def check_parser() -> CommandParser:
 
 def accept_parser() -> CommandParser:
     """The options of `gate accept`."""
-    parser = make_parser("accept", "Make the rows of a gate's candidate the next version of the stored baseline.")
+    parser = make_parser(
+        "accept", "Make the rows of a gate's candidate the next version of the stored baseline."
+    )
     add = parser.add_argument
     add("--reason", required=True, metavar="TEXT", help="why; it is kept in the manifest")
     add("--suite", type=Path, metavar="SUITE.yaml", help="the suite (default: that of --out)")
     add("--out", type=Path, metavar="DIR", help="the gate's folder (default: as `gate run` chooses it)")
-    add("--baselines", type=Path, metavar="DIR", help="stored baselines (default: baselines/ beside the suite)")
+    add(
+        "--baselines",
+        type=Path,
+        metavar="DIR",
+        help="stored baselines (default: baselines/ beside the suite)",
+    )
     add("--expires", type=parse_date, metavar="YYYY-MM-DD", help="accepted until this day, and not after it")
     add("--release", action="store_true", help="also the last release, which later candidates are held to")
     add("--approver", metavar="NAME", help="who accepts (default: git's user.name)")
@@ -89,7 +103,12 @@ def plan_parser() -> CommandParser:
     parser = make_parser("plan", "Say how many seeds a suite needs, from the spread of rows that are there.")
     add = parser.add_argument
     add("--suite", type=Path, required=True, metavar="SUITE.yaml", help="scenarios and margins")
-    add("--baseline", type=Path, metavar="B", help="rows of the baseline (default: those of the gate's folder)")
+    add(
+        "--baseline",
+        type=Path,
+        metavar="B",
+        help="rows of the baseline (default: those of the gate's folder)",
+    )
     add("--candidate", type=Path, metavar="C", help="rows of the candidate")
     add("--out", type=Path, metavar="DIR", help="the gate's folder (default: as `gate run` chooses it)")
     add("--power", type=parse_power, default=0.9, metavar="P", help="chance to be right (default 0.9)")
@@ -183,16 +202,18 @@ def main_run(argv: Sequence[str]) -> int:
         print(f"interrupted: finished rows are kept in {out}; go on with: {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     if given.record:
-        print(f"recorded {len(suite.scenarios)} scenarios with {len(suite.seeds)} seeds in {result.candidate_folder}")
+        print(
+            f"recorded {len(suite.scenarios)} scenarios with {len(suite.seeds)} seeds in "
+            f"{result.candidate_folder}"
+        )
         print("no verdict: nothing was compared")
         print(f"accept them: {accept_command(options, 'first baseline')}")
         return EXIT_PASS
     return tell(
         result_views(result, argv, options),
         options,
-        verdict_code(result.anchors, options.on_inconclusive, accepted=result.accepted is not None),
-        result.notes,
-        accepted_lines(result),
+        run_code(result, options.on_inconclusive),
+        [*result.notes, *accepted_lines(result)],
     )
 
 
@@ -229,7 +250,7 @@ def main_check(argv: Sequence[str]) -> int:
         candidate=told_arm(candidate),
         commands={"again": command_line("gate", "check", *argv)},
     )
-    return tell([view], options, verdict_code([anchor], options.on_inconclusive), anchor.notes, [])
+    return tell([view], options, verdict_code([anchor], options.on_inconclusive), [])
 
 
 def check_asked(suite: Suite, rows: ArmRows) -> None:
@@ -241,8 +262,8 @@ def check_asked(suite: Suite, rows: ArmRows) -> None:
             asked = rows.rows[one.name, seed].get(QUESTION)
             if asked is not None and asked != one.question:
                 raise UserError(
-                    f"scenario {one.name!r} of {rows.source} has another task or pinned config than the suite; "
-                    "run the gate again",
+                    f"scenario {one.name!r} of {rows.source} has another task or pinned config than the "
+                    "suite; run the gate again",
                     EXIT_BASELINE,
                 )
 
@@ -254,6 +275,7 @@ def main_accept(argv: Sequence[str]) -> int:
         raise UserError("--reason must say why, got an empty text")
 
     from harness.gate.accepting import accept
+    from harness.gate.baselines import MANIFEST_FILE
     from harness.gate.suite import load_suite
 
     out = options.out if options.out is not None else find_out(options.suite)
@@ -276,7 +298,10 @@ def main_accept(argv: Sequence[str]) -> int:
     )
     if said["expires"]:
         print(f"  until {said['expires']}: after that day the gate has no baseline (exit {EXIT_BASELINE})")
-    print(f"commit both: git add {shlex.quote(str(version.path))} {shlex.quote(str(version.path.parent / 'manifest.json'))}")
+    print(
+        "commit both: "
+        + shlex.join(["git", "add", str(version.path), str(version.path.parent / MANIFEST_FILE)])
+    )
     return EXIT_PASS
 
 
@@ -296,15 +321,16 @@ def find_out(suite_path: Path | None) -> Path:
 def session_suite(out: Path) -> Path:
     """The suite file that a gate's folder was made from."""
     from harness.gate.session import read_session
+    from harness.gate.suite import shown_path
 
-    return Path(str(read_session(out).get("suite_path")))
+    return shown_path(Path(str(read_session(out).get("suite_path"))))
 
 
 def main_plan(argv: Sequence[str]) -> int:
     """`gate plan`."""
     options = plan_parser().parse_args(argv)
-    if (options.baseline is None) != (options.candidate is None):
-        raise UserError("--baseline and --candidate go together: the spread is that of their differences")
+    if options.baseline is not None and options.candidate is None:
+        raise UserError("--baseline goes with --candidate: the spread is that of their differences")
 
     from harness.gate.planning import plan_text
     from harness.gate.suite import load_suite
@@ -314,31 +340,116 @@ def main_plan(argv: Sequence[str]) -> int:
     return EXIT_PASS
 
 
-def pilot_arms(options: argparse.Namespace, name: str) -> tuple[ArmRows, ArmRows]:
-    """The rows whose spread is that of the pilot: those named, or both arms of the gate's folder."""
+def pilot_arms(options: argparse.Namespace, name: str) -> tuple[ArmRows | None, ArmRows]:
+    """The rows whose spread is that of the pilot: those named, or the arms of the gate's folder."""
     from harness.gate.session import read_session
     from harness.gate.sources import read_side
 
-    if options.baseline is not None:
-        return read_side(options.baseline, name="baseline"), read_side(options.candidate, name="candidate")
+    if options.candidate is not None:
+        base = None if options.baseline is None else read_side(options.baseline, name="baseline")
+        return base, read_side(options.candidate, name="candidate")
     out = options.out if options.out is not None else RUNS / name
     arms = read_session(out)["arms"]
-    if "baseline" not in arms:
-        raise UserError(
-            f"{out} has one arm alone, and the spread is that of differences between two: name rows by "
-            "--baseline and --candidate, or run the gate with --against",
-            EXIT_INCOMPLETE,
-        )
-    return read_side(out / arms["baseline"], name="baseline"), read_side(out / arms["candidate"], name="candidate")
+    candidate = read_side(out / arms["candidate"], name="candidate")
+    baseline = read_side(out / arms["baseline"], name="baseline") if "baseline" in arms else None
+    return baseline, candidate
 
 
-def result_views(result: GateResult, argv: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+def result_views(
+    result: GateResult, argv: Sequence[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """The decisions of a gate as plain data, one for each baseline that was compared with."""
-    commands = {"again": command_line("gate", "run", *argv), "accept": accept_command(options, "why this is right")}
+    commands = {
+        "again": command_line("gate", "run", *argv),
+        "accept": accept_command(options, "why this is right"),
+    }
     return [
         make_view(anchor, suite=result.suite.name, candidate=result.candidate, commands=commands)
         for anchor in result.anchors
     ]
+
+
+def make_view(anchor: Anchor, *, suite: str, candidate: str, commands: dict[str, str]) -> dict[str, Any]:
+    """A decision as plain data, as `reports.gate_outputs` takes it."""
+    from harness.gate.decision import decision_view
+
+    baseline = anchor.label if anchor.name == "baseline" else f"{anchor.name} {anchor.label}"
+    view = decision_view(
+        anchor.decision, suite=suite, candidate=candidate, baseline=baseline, commands=commands
+    )
+    return {**view, "notes": [*view.get("notes", []), *anchor.notes]}
+
+
+def run_code(result: GateResult, on_inconclusive: str) -> int:
+    """The exit code of `gate run`: that of its verdicts, unless just this code was accepted with a reason."""
+    code = verdict_code(result.anchors, on_inconclusive)
+    return EXIT_PASS if result.accepted is not None and result.candidate_is_whole else code
+
+
+def verdict_code(anchors: Sequence[Anchor], on_inconclusive: str) -> int:
+    """The exit code of some decisions: a proven regression first, then rows that are missing, then doubt."""
+    decisions = [anchor.decision for anchor in anchors]
+    if any(one.verdict == "FAIL" for one in decisions):
+        return EXIT_REGRESSION
+    if any(one.missing for one in decisions):
+        return EXIT_INCOMPLETE
+    if any(one.verdict != "PASS" for one in decisions):
+        return EXIT_INCONCLUSIVE if on_inconclusive == "fail" else EXIT_PASS
+    return EXIT_PASS
+
+
+def accepted_lines(result: GateResult) -> list[str]:
+    """What is said where just this code was accepted before."""
+    if result.accepted is None:
+        return []
+    said = result.accepted.said
+    return [
+        f"this code was accepted as {result.accepted.name} by {said['approver']} "
+        f"({one_line(said['reason'])}): what differs from the older baseline is no failure"
+    ]
+
+
+def tell(
+    views: Sequence[dict[str, Any]], options: argparse.Namespace, code: int, notes: Sequence[str]
+) -> int:
+    """Print the decisions, write them where it was asked for, and return the exit code."""
+    from harness.gate.merged import clean_text, merged_json, merged_junit
+    from reports.gate_outputs import render_annotations, render_markdown, render_terminal
+
+    for view in views:
+        print(render_terminal(view))
+    for note in notes:
+        print(f"note: {clean_text(note)}")
+    is_open = any(view["verdict"] == "INCONCLUSIVE" for view in views)
+    if code == EXIT_PASS and is_open:
+        print(f"not decided, and taken for a pass: --on-inconclusive {options.on_inconclusive}")
+    print(f"exit code {code}: {MEANINGS[code]}")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        lines = [line for view in views for line in render_annotations(view)]
+        for line in lines[:MOST_ANNOTATIONS]:
+            print(line)
+        if is_open and options.on_inconclusive == "warn":
+            print("::warning title=gate::the evidence does not decide; see the table of the gate")
+    summary = options.summary or os.environ.get("GITHUB_STEP_SUMMARY")
+    outputs: list[tuple[Path | None, Callable[[], str], str]] = [
+        (options.json, lambda: merged_json(views, exit_code=code, notes=notes), "w"),
+        (options.junit, lambda: merged_junit(views), "w"),
+        (Path(summary) if summary else None, lambda: "\n\n".join(map(render_markdown, views)) + "\n", "a"),
+    ]
+    for path, render, mode in outputs:
+        if path is not None:
+            write_output(path, render(), mode)
+    return code
+
+
+def write_output(path: Path, text: str, mode: str) -> None:
+    """Write or append a text; a `UserError` where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, mode, encoding="utf-8") as handle:
+            handle.write(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def accept_command(options: argparse.Namespace, reason: str) -> str:
@@ -357,7 +468,9 @@ def command_line(*words: str) -> str:
 
 def say_progress(text: str) -> None:
     """One line of progress, without what would move a terminal's cursor."""
-    print("".join(letter if letter.isprintable() else "?" for letter in text), file=sys.stderr, flush=True)
+    from harness.gate.merged import clean_text
+
+    print(clean_text(text), file=sys.stderr, flush=True)
 
 
 def parse_date(text: str) -> date:

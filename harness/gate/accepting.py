@@ -75,7 +75,9 @@ def read_candidate(suite: Suite, out: Path) -> ArmRows:
     """The rows of the candidate that the gate in `out` trained last, which must be of this suite."""
     session = read_session(out)
     if session.get("suite") != suite.name:
-        raise UserError(f"{out} is the gate of suite {session.get('suite')!r}, not of {suite.name!r}", EXIT_USAGE)
+        raise UserError(
+            f"{out} is the gate of suite {session.get('suite')!r}, not of {suite.name!r}", EXIT_USAGE
+        )
     try:
         taken = read_arm_folder(out / session["arms"]["candidate"])
     except RunReadError as error:
@@ -84,21 +86,25 @@ def read_candidate(suite: Suite, out: Path) -> ArmRows:
     for one in suite.scenarios:
         if asked.get(one.name) != one.question:
             raise UserError(
-                f"scenario {one.name!r} has changed since {out} was trained; run the gate again", EXIT_INCOMPLETE
+                f"scenario {one.name!r} has changed since {out} was trained; run the gate again",
+                EXIT_INCOMPLETE,
             )
     return taken
 
 
 def whole_seeds(suite: Suite, taken: ArmRows, out: Path) -> set[int]:
     """The seeds that every scenario has a good row of; a `UserError` where they are too few, naming a gap."""
-    gaps = [
-        f"scenario {one.name!r}, seed {seed}: {gap}"
-        for seed in suite.seeds[: suite.rules.looks[0]]
-        for one in suite.scenarios
-        if (gap := what_is_missing(suite, taken, one.name, seed))
-    ]
+    gaps: dict[tuple[str, str], list[int]] = {}
+    for seed in suite.seeds[: suite.rules.looks[0]]:
+        for one in suite.scenarios:
+            if gap := what_is_missing(suite, taken, one.name, seed):
+                gaps.setdefault((one.name, gap), []).append(seed)
     if gaps:
-        raise UserError(f"{out} is not whole: {gaps[0]}", EXIT_INCOMPLETE, gaps[1:10])
+        lines = [
+            f"scenario {name!r}, seed {', '.join(map(str, seeds))}: {gap}"
+            for (name, gap), seeds in gaps.items()
+        ]
+        raise UserError(f"{out} is not whole: {lines[0]}", EXIT_INCOMPLETE, lines[1:10])
     return {
         seed
         for seed in suite.seeds

@@ -43,7 +43,9 @@ GATE_FIELDS = (
 LAUNCH_COLUMNS = (
     Column("scenario", "string", "the suite's scenario", required=True),
     Column("seed", "int64", "the seed whose row the launch goes with", required=True),
-    Column("pair", "string", "the same for the launches of both arms that were made back to back", required=True),
+    Column(
+        "pair", "string", "the same for the launches of both arms that were made back to back", required=True
+    ),
     Column("place", "int64", "0 for the first launch of the pair, 1 for the second"),
     Column("step_time_ms", "float64", "median step of the launch", "ms"),
     Column("started_at", "timestamp", "when the launch began, UTC"),
@@ -237,7 +239,8 @@ def merged_table(taken: ArmRows, seeds: Sequence[int]) -> pa.Table:
     names = dict.fromkeys(name for row in kept for name, value in row.items() if value is not None)
     extra = [pa.field(name, pa.float64()) for name in names if name not in schema.names and is_open(name)]
     whole = pa.schema([*schema, *fields, *extra], metadata=schema.metadata)
-    used = [item for item in whole if item.name in names or not item.nullable]
+    # Without what each column means: it would be most of the file, and reports.schema says it.
+    used = [item.remove_metadata() for item in whole if item.name in names or not item.nullable]
     return pa.Table.from_pylist(kept, schema=pa.schema(used, metadata=schema.metadata))
 
 

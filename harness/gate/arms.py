@@ -26,7 +26,7 @@ from typing import Any
 
 import harness
 from harness.errors import UserError, one_line
-from harness.gate.codes import EXIT_BASELINE, EXIT_INCOMPLETE
+from harness.gate.codes import EXIT_BASELINE, EXIT_INCOMPLETE, EXIT_USAGE
 from harness.gate.suite import Scenario, Suite, read_defaults
 
 LAUNCH = Path(__file__).with_name("launch.py")
@@ -44,7 +44,7 @@ ONE_THREAD = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One arm: its interpreter, the folders that its packages come from (none: those installed), its scenarios.
+    """One arm: its interpreter, the folders its packages come from (none: those installed), its scenarios.
 
     root: where the packages must then be found; None where they may be anywhere.
     """
@@ -58,7 +58,7 @@ class Arm:
     commit: str | None = None
 
 
-class WorkerDied(Exception):
+class WorkerLostError(Exception):
     """A worker ended, or was ended, without an answer; the message says what it said last."""
 
 
@@ -85,21 +85,21 @@ class Worker:
             )
         except OSError as error:
             self._log.close()
-            raise WorkerDied(f"{arm.python} cannot be started: {error.strerror}") from None
+            raise WorkerLostError(f"{arm.python} cannot be started: {error.strerror}") from None
 
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer to a request; `WorkerDied` where none comes in time, and the worker is then gone."""
+        """The answer to a request; `WorkerLostError` where none comes in time; the worker has then gone."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
             self._process.stdin.flush()
             line = self._read_line(timeout_s)
         except OSError:
-            raise WorkerDied(self._last_words()) from None
+            raise WorkerLostError(self._last_words()) from None
         try:
             answer = json.loads(line)
         except ValueError:
-            raise WorkerDied(f"an answer that is not JSON: {one_line(line[:200])}") from None
+            raise WorkerLostError(f"an answer that is not JSON: {one_line(line[:200])}") from None
         return dict(answer)
 
     def close(self) -> None:
@@ -128,10 +128,10 @@ class Worker:
             left_s = give_up_s - time.monotonic()
             if left_s <= 0 or not select.select([descriptor], [], [], left_s)[0]:
                 self._process.kill()
-                raise WorkerDied(f"no answer within {timeout_s:g} s")
+                raise WorkerLostError(f"no answer within {timeout_s:g} s")
             read = os.read(descriptor, 1 << 16)
             if not read:
-                raise WorkerDied(self._last_words())
+                raise WorkerLostError(self._last_words())
             self._rest += read
         line, self._rest = self._rest.split(b"\n", 1)
         return line
@@ -157,20 +157,34 @@ def ask_once(arm: Arm, request: Mapping[str, Any], timeout_s: float) -> dict[str
 def greet(arm: Arm) -> dict[str, Any]:
     """What an arm says about itself (`launch.answer_hello`); a `UserError` where it cannot train."""
     files = sorted({str(path) for one in arm.suite.scenarios for path in own_modules(one)})
-    try:
-        told = ask_once(
-            arm, {"ask": "hello", "device": arm.suite.device, "files": files}, START_TIMEOUT_S
-        )
-    except WorkerDied as error:
-        told = {"error": one_line(error)}
     code = EXIT_BASELINE if arm.name == "baseline" else EXIT_INCOMPLETE
-    if "error" in told:
-        raise UserError(f"{arm.name} ({arm.label}) cannot train: {told['error']}", code)
-    if arm.root is not None and Path(told["root"]) != arm.root:
-        raise UserError(
-            f"{arm.name} ({arm.label}) must run the code in {arm.root}, got that in {told['root']}", code
-        )
+    try:
+        with Worker(arm) as worker:
+            told = worker.ask({"ask": "hello", "device": arm.suite.device, "files": files}, START_TIMEOUT_S)
+            if "error" in told:
+                raise UserError(f"{arm.name} ({arm.label}) cannot train: {told['error']}", code)
+            if arm.root is not None and Path(told["root"]) != arm.root:
+                raise UserError(
+                    f"{arm.name} ({arm.label}) must run the code in {arm.root}, got that in {told['root']}",
+                    code,
+                )
+            check_tasks(arm, worker)
+    except WorkerLostError as error:
+        raise UserError(f"{arm.name} ({arm.label}) cannot train: {one_line(error)}", code) from None
     return told
+
+
+def check_tasks(arm: Arm, worker: Worker) -> None:
+    """Refuse an arm whose tasks cannot be made or cannot load their data, each with its reason."""
+    lines = []
+    for one in arm.suite.scenarios:
+        request = {"ask": "digest", "spec": one.spec, "seed": arm.suite.seeds[0]}
+        told = worker.ask(request, arm.suite.timeout_s)
+        if "error" in told:
+            lines.append(f"{arm.name} ({arm.label}), scenario {one.name!r}: {told['error']}")
+    if lines:
+        code = EXIT_BASELINE if arm.name == "baseline" else EXIT_USAGE
+        raise UserError(lines[0], code, lines[1:])
 
 
 def own_modules(scenario: Scenario) -> list[Path]:
@@ -212,7 +226,9 @@ def python_arm(suite: Suite, python: Path) -> Arm:
     if found is None:
         raise UserError(f"--baseline-python must be a Python interpreter, got {str(python)!r}", EXIT_BASELINE)
     # Its own name is kept: that of a virtual environment is a link which says where the packages are.
-    return Arm(name="baseline", label=str(python), python=os.path.abspath(found), path=(), root=None, suite=suite)
+    return Arm(
+        name="baseline", label=str(python), python=os.path.abspath(found), path=(), root=None, suite=suite
+    )
 
 
 @contextlib.contextmanager

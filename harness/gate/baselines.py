@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["schema_version"] != MANIFEST_VERSION:
             raise ValueError(
-                f"schema_version must be {MANIFEST_VERSION} for this scm-harness, got {values['schema_version']!r}"
+                f"schema_version must be {MANIFEST_VERSION} here, got {values['schema_version']!r}"
             )
         fingerprint = parse_fingerprint(values["fingerprint"])
         versions = tuple(read_version(folder, said) for said in values["versions"])
@@ -123,7 +123,9 @@ def no_baseline(root: Path, suite: str, suite_path: Path, here: Fingerprint) -> 
     )
     if not others:
         return UserError(
-            f"suite {suite} has no baseline in {root}", EXIT_BASELINE, [f"this machine: {told_fingerprint(here)}", help_line]
+            f"suite {suite} has no baseline in {root}",
+            EXIT_BASELINE,
+            [f"this machine: {told_fingerprint(here)}", help_line],
         )
     nearest = min(others, key=lambda one: len(fingerprint_differences(one.fingerprint, here)))
     differences = "; ".join(fingerprint_differences(nearest.fingerprint, here))

@@ -63,7 +63,9 @@ def compare_arms(
     keys = [(scenario, seed) for scenario in scenarios for seed in seeds]
     check_same_questions(base, candidate, keys)
     pairs = [
-        pair_values(base, candidate, rule, scenario, seeds) for scenario in scenarios for rule in rules.metrics
+        pair_values(base, candidate, rule, scenario, seeds)
+        for scenario in scenarios
+        for rule in rules.metrics
     ]
     nans = [count_nans(base, candidate, scenario, seeds) for scenario in scenarios]
     return Comparison(tuple(pairs), tuple(nans), tuple(make_notes(base, candidate, keys)))
@@ -238,9 +240,7 @@ def same_value(one: Any, other: Any) -> bool:
     return bool(one == other) or (one in absent and other in absent)
 
 
-def knob_changes(
-    one: Mapping[str, Any], other: Mapping[str, Any]
-) -> Iterable[tuple[str, Any, Any]]:
+def knob_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
     """The active knobs that two rows differ in."""
     for name in sorted(one.keys() | other.keys()):
         if name.startswith(CONFIG_PREFIX) and one.get(name) != other.get(name):

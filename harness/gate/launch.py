@@ -6,8 +6,8 @@ It reads one JSON request a line from stdin and answers with one JSON line each:
 
     {"ask": "hello", "device": ..., "files": [...]}                  who answers: code, versions, machine
     {"ask": "digest", "spec": ..., "seed": ...}                      the digest of a scenario's data
-    {"ask": "train", "spec": ..., "config": ..., "seed": ..., ...}   the outcome of one trial, as rows have it
-    {"ask": "time", ..., "steps": ...}                               the median step time of a brief trial, in ms
+    {"ask": "train", "spec": ..., "config": ..., "seed": ..., ...}   the outcome of one trial
+    {"ask": "time", ..., "steps": ...}                               the median step of a brief trial, in ms
 
 What goes wrong inside a request is an answer with the key "error"; the worker itself goes on.
 """

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from harness.gate.arms import Arm, Worker, WorkerDied
+from harness.gate.arms import Arm, Worker, WorkerLostError
 
 TRIES = 2  # of a job whose worker died
 WAKE_S = 0.2  # how long Ctrl-C waits at most
@@ -18,10 +18,10 @@ MOST_WORKERS = 8  # of one arm: each holds torch and the data
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request for one arm; `key` says which it is when it is answered."""
+    """One request for one arm, on a scenario and a seed."""
 
     arm: str
-    key: Hashable
+    key: tuple[str, int]
     request: Mapping[str, Any]
 
 
@@ -95,7 +95,7 @@ class Pool:
                     told = worker.ask(job.request, self._timeout_s)
                     self._answers.put(Answer(job, told))
                     break
-                except WorkerDied as error:
+                except WorkerLostError as error:
                     lost = str(error)
                     self._end(worker)
                     worker = None
@@ -110,7 +110,7 @@ class Pool:
         with self._lock:
             if self._is_over:
                 worker.close()
-                raise WorkerDied("the gate has ended")
+                raise WorkerLostError("the gate has ended")
             self._workers.add(worker)
         return worker
 

@@ -1,4 +1,4 @@
-"""One gate from suite to verdict: arms are set up, seeds are trained look by look, and what came out is decided.
+"""One gate from suite to verdict: arms are set up, seeds trained look by look, and what came out is decided.
 
 What is trained is kept in the folder of the gate, by arm and by everything that decides its rows: a gate that
 was interrupted goes on where it was, and rows of other code, settings or libraries are never used again.
@@ -25,7 +25,7 @@ from harness.errors import UserError, one_line
 from harness.gate.arm_rows import ArmRows, ArmStore, Key, arm_digest, row_place
 from harness.gate.arms import (
     Arm,
-    WorkerDied,
+    WorkerLostError,
     ask_once,
     candidate_arm,
     commit_arm,
@@ -67,8 +67,8 @@ class GateOptions:
     """What a gate is compared with, and where it writes.
 
     against: a commit. baseline_python: an interpreter. Neither: the stored baseline. any_baseline: the stored
-    one where it fits, else the commit where it is there, else the candidate itself. record: train the candidate
-    on every seed, and compare with nothing. wait: for another gate in the same folder, instead of refusing.
+    one where it fits, else the commit where it is there, else the candidate itself. record: train every seed
+    of the candidate, and compare with nothing. wait: for another gate in the same folder, and do not refuse.
     """
 
     out: Path
@@ -102,6 +102,7 @@ class GateResult:
     candidate_folder: Path
     fingerprint: Fingerprint
     accepted: Version | None
+    candidate_is_whole: bool
     trained: int
     reused: int
 
@@ -130,21 +131,31 @@ def run_gate(suite: Suite, options: GateOptions, say: Say) -> GateResult:
         work = Work(suite, arms, stores, hellos, say)
         stack.enter_context(work.pool)
         work.check_kept()
+        accepted = None
+        if chosen.arm is not None:  # a stored baseline is itself what was accepted last
+            accepted = accepted_as(root, suite.name, told["code"], options.today())
+        decided: tuple[Anchor, ...] = ()
+        notes = list(chosen.notes)
         if options.record:
             work.train(suite.seeds)
             work.time(suite.seeds)
-            decided: tuple[Anchor, ...] = ()
             check_recorded(suite, stores["candidate"].taken)
         else:
-            decided = take_looks(suite, chosen, work, say)
+            try:
+                decided = take_looks(suite, chosen, work, say)
+            except UserError as error:
+                if error.exit_code != EXIT_BASELINE or accepted is None:
+                    raise
+                notes += error.lines
         return GateResult(
             suite=suite,
             anchors=decided,
-            notes=chosen.notes,
+            notes=tuple(notes),
             candidate=told_arm(stores["candidate"].taken),
             candidate_folder=stores["candidate"].folder,
             fingerprint=here,
-            accepted=None if chosen.stored else accepted_as(root, suite.name, told["code"], options.today()),
+            accepted=accepted,
+            candidate_is_whole=not any_missing(suite, stores["candidate"].taken, suite.rules.looks[0]),
             trained=work.trained,
             reused=work.reused,
         )
@@ -174,7 +185,9 @@ def choose_baseline(
         return ChosenBaseline()
     if options.baseline_python is not None:
         return ChosenBaseline(arm=python_arm(suite, options.baseline_python))
-    manifest = find_manifest(root, suite.name, here) if options.against is None or options.any_baseline else None
+    manifest = (
+        find_manifest(root, suite.name, here) if options.against is None or options.any_baseline else None
+    )
     if manifest is not None:
         return stored_baseline(manifest, options)
     if options.against is not None and (
@@ -238,7 +251,9 @@ def take_looks(suite: Suite, chosen: ChosenBaseline, work: Work, say: Say) -> tu
         if suite.times_steps:
             work.time(seeds)
         decided = decide_anchors(suite, chosen, work, rules, look)
-        is_open = worst_verdict(decided) == "INCONCLUSIVE" and not any(one.decision.missing for one in decided)
+        is_open = worst_verdict(decided) == "INCONCLUSIVE" and not any(
+            one.decision.missing for one in decided
+        )
         if not is_open or look >= most:
             break
     return decided
@@ -306,17 +321,24 @@ def worst_verdict(decided: Sequence[Anchor]) -> str:
 
 def check_recorded(suite: Suite, taken: ArmRows) -> None:
     """Refuse a recording in which a row is missing or failed."""
-    wanted = [(one.name, seed) for one in suite.scenarios for seed in suite.seeds]
-    lines = [
-        f"scenario {name!r}, seed {seed}: "
-        + ("no row" if (name, seed) not in taken.rows else str(taken.rows[name, seed].get("error")))
-        for name, seed in wanted
-        if (name, seed) not in taken.rows or taken.rows[name, seed].get("status") == "failed"
-    ]
+    lines = any_missing(suite, taken, suite.rules.looks[-1])
     if lines:
-        raise UserError(
-            f"{len(lines)} of {len(wanted)} trials are missing or failed", EXIT_INCOMPLETE, lines[:10]
-        )
+        raise UserError(f"trials are missing or failed: {lines[0]}", EXIT_INCOMPLETE, lines[1:10])
+
+
+def any_missing(suite: Suite, taken: ArmRows, look: int) -> list[str]:
+    """The scenarios and seeds of a look that have no good row, a line for each reason."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for one in suite.scenarios:
+        for seed in suite.seeds[:look]:
+            row = taken.rows.get((one.name, seed))
+            if row is None or row.get("status") == "failed":
+                reason = "no row" if row is None else one_line(row.get("error") or "failed")
+                found.setdefault((one.name, reason), []).append(seed)
+    return [
+        f"scenario {name!r}, seed {', '.join(map(str, seeds))}: {reason}"
+        for (name, reason), seeds in found.items()
+    ]
 
 
 class Work:
@@ -335,8 +357,9 @@ class Work:
         self.stores = stores
         self.trained = 0
         self.reused = sum(len(store.taken.rows) for store in stores.values())
-        self.lost: dict[tuple[str, Key], str] = {}
-        cores = len(arms) if suite.device != "cpu" else usable_cores()  # a GPU trains one at a time, in each arm
+        cores = (
+            len(arms) if suite.device != "cpu" else usable_cores()
+        )  # a GPU trains one at a time, in each arm
         self.pool = Pool(arms, cores=cores, timeout_s=suite.timeout_s)
         self._say = say
         self._places = {
@@ -355,21 +378,18 @@ class Work:
         if not kept:
             return
         self._say(f"{len(kept)} rows were there already")
-        jobs = [
-            Job(name, (name, key), {**self._request(name, key), "ask": "digest"}) for name, key in kept
-        ]
+        jobs = [Job(name, key, {**self._request(name, key), "ask": "digest"}) for name, key in kept]
         changed: list[str] = []
 
         def compare(answer: Answer) -> None:
-            found = (answer.told or {}).get("data_digest")
-            if found is not None and found != kept[answer.job.key]:  # type: ignore[index]
-                _, key = answer.job.key  # type: ignore[misc]
-                changed.append(f"scenario {key[0]!r}, seed {key[1]}")
+            job, found = answer.job, (answer.told or {}).get("data_digest")
+            if found is not None and found != kept[job.arm, job.key]:
+                changed.append(f"scenario {job.key[0]!r}, seed {job.key[1]}")
 
         self.pool.run(jobs, compare)
         if changed:
             raise UserError(
-                f"the data have changed since rows of {changed[0]} were trained; name another folder by --out",
+                f"the data have changed since rows of {changed[0]} were trained; name another --out",
                 EXIT_INCOMPLETE,
             )
 
@@ -382,16 +402,15 @@ class Work:
                     key = (scenario.name, seed)
                     if key not in self.stores[arm.name].taken.rows:
                         request = {**self._request(arm.name, key), "ask": "train"}
-                        jobs.append(Job(arm.name, (arm.name, key), request))
+                        jobs.append(Job(arm.name, key, request))
         if not jobs:
             return
         counter = Counter(f"training {len(jobs)} trials", len(jobs), self._say)
 
         def take(answer: Answer) -> None:
-            name, key = answer.job.key  # type: ignore[misc]
+            name, key = answer.job.arm, answer.job.key
             counter.step()
             if answer.told is None:
-                self.lost[name, key] = answer.lost
                 self._say(f"{name}: trial of {key[0]!r} with seed {key[1]} was lost: {one_line(answer.lost)}")
                 return
             told = answer.told
@@ -408,7 +427,7 @@ class Work:
         counter.close()
 
     def time(self, seeds: Sequence[int]) -> None:
-        """Launch what times the steps: the arms of a scenario and seed one after the other, which first by lot."""
+        """Launch what times steps: the arms of a scenario and seed back to back, which first by lot."""
         if not self.suite.times_steps:
             return
         names = [arm.name for arm in self.arms]
@@ -443,10 +462,12 @@ class Work:
         request = {**self._request(arm.name, key), "ask": "time", "steps": self.suite.steps}
         try:
             told = ask_once(arm, request, LAUNCH_TIMEOUT_S)
-        except WorkerDied as error:
+        except WorkerLostError as error:
             told = {"error": str(error)}
         if "error" in told:
-            self._say(f"{arm.name}: launch of {key[0]!r} with seed {key[1]} failed: {one_line(told['error'])}")
+            self._say(
+                f"{arm.name}: launch of {key[0]!r} with seed {key[1]} failed: {one_line(told['error'])}"
+            )
             return None
         return float(told["step_time_ms"])
 
@@ -556,7 +577,9 @@ def read_session(out: Path) -> dict[str, Any]:
             raise TypeError("arms.candidate must be text")
         return dict(values)
     except OSError:
-        raise UserError(f"{out} is not the folder of a gate: it holds no {SESSION_FILE}", EXIT_USAGE) from None
+        raise UserError(
+            f"{out} is not the folder of a gate: it holds no {SESSION_FILE}", EXIT_USAGE
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}", EXIT_USAGE) from None
 

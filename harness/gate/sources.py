@@ -1,4 +1,4 @@
-"""Rows that are there already, read from whatever holds them: a gate, one of its arms, a sweep, a baseline."""
+"""Rows that are there already, read from what holds them: a gate, one of its arms, a sweep, a baseline."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def read_version_file(path: Path) -> ArmRows:
 
 def check_same_machine(base: ArmRows, candidate: ArmRows) -> None:
     """Refuse rows of different fingerprints, naming what differs."""
-    stamps = [rows.origin.get("fingerprint") for rows in (base, candidate)]
-    if any(stamp is None for stamp in stamps):
+    there, here = base.origin.get("fingerprint"), candidate.origin.get("fingerprint")
+    if there is None or here is None:
         return
     try:
-        differences = fingerprint_differences(*(parse_fingerprint(stamp) for stamp in stamps))
+        differences = fingerprint_differences(parse_fingerprint(there), parse_fingerprint(here))
     except ValueError as error:
         raise UserError(one_line(error), EXIT_BASELINE) from None
     if differences:
@@ -75,7 +75,9 @@ def check_same_machine(base: ArmRows, candidate: ArmRows) -> None:
         )
 
 
-def planned_seeds(base: ArmRows, candidate: ArmRows, scenarios: Sequence[str], looks: Sequence[int]) -> list[int]:
+def planned_seeds(
+    base: ArmRows, candidate: ArmRows, scenarios: Sequence[str], looks: Sequence[int]
+) -> list[int]:
     """The seeds that rows without a suite are to have: those of the last look that the candidate has reached.
 
     Both sides' seeds count, so that one which a scenario lacks is missing, and not unasked for.

@@ -7,6 +7,7 @@ Every mistake is reported at once, with file, line and column. Whether a candida
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class ScenarioSection(Section):
     task: TaskSection | None = None
     plan: str | None = None
     defaults: str | None = None
-    config: dict[str, Scalar] = {}
+    config: dict[str, Scalar] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def check_source(self) -> ScenarioSection:
@@ -76,8 +77,8 @@ class SuiteFile(Section):
     name: str | None = None
     scenarios: Annotated[list[ScenarioSection], Field(min_length=1)]
     seeds: Seed | list[Seed] = 0
-    looks: Annotated[list[Count], Field(min_length=1)] = [5, 10, 20]
-    metrics: dict[str, MetricSection | None] = {name: None for name in _RULES}
+    looks: Annotated[list[Count], Field(min_length=1)] = Field(default_factory=lambda: [*GateRules.looks])
+    metrics: dict[str, MetricSection | None] = Field(default_factory=lambda: dict.fromkeys(_RULES))
     time: TimeSection = TimeSection()
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = GateRules.alpha
     alpha_pass: Annotated[float, Field(gt=0, lt=0.5)] = GateRules.alpha_pass
@@ -116,7 +117,7 @@ class SuiteFile(Section):
     @classmethod
     def check_looks(cls, looks: list[int]) -> list[int]:
         """Looks are numbers of seeds, each larger than the one before."""
-        if any(later <= earlier for earlier, later in zip(looks, looks[1:], strict=False)):
+        if any(later <= earlier for earlier, later in itertools.pairwise(looks)):
             raise ValueError(f"looks must increase, got {looks}")
         return looks
 
@@ -158,8 +159,12 @@ class Scenario:
     @property
     def question(self) -> str:
         """12 hex characters, equal for scenarios that ask the same of a candidate."""
-        asked = {"task": self.task, "params": dict(self.params), "pinned": dict(self.pinned)}
-        asked["defaults"] = self.defaults is not None
+        asked = {
+            "task": self.task,
+            "params": dict(self.params),
+            "pinned": dict(self.pinned),
+            "defaults": self.defaults is not None,
+        }
         return hashlib.sha256(canonical_json(asked).encode("ascii")).hexdigest()[:12]
 
     @property
@@ -277,11 +282,16 @@ def make_rule(
         given.setdefault("worse", "lower" if known.direction == "higher" else "higher")
         given.setdefault("compare", "difference" if known.unit == "share" else "log_ratio")
         if given["worse"] != ("lower" if known.direction == "higher" else "higher"):
-            lines.append(f"{document.place(at)}: metric {name} is better {known.direction}, got worse: {given['worse']}")
+            lines.append(
+                f"{document.place(at)}: metric {name} is better {known.direction}, "
+                f"got worse: {given['worse']}"
+            )
             return None
     missing = [key for key in ("worse", "compare") if key not in given]
     if missing:
-        lines.append(f"{document.place(at)}: metric {name!r} needs {' and '.join(f'`{key}`' for key in missing)}")
+        lines.append(
+            f"{document.place(at)}: metric {name!r} needs {' and '.join(f'`{key}`' for key in missing)}"
+        )
         return None
     try:
         return MetricRule(metric=name, **given)
@@ -313,7 +323,9 @@ def make_scenario(
     at = ("scenarios", index)
     root = (document.path.resolve().parent / base_dir).resolve()
     known = len(lines)
-    task, base, pinned, tested, defaults = section.task, root, dict(section.config), {}, None
+    task, base, pinned = section.task, root, dict(section.config)
+    tested: dict[str, Any] = {}
+    defaults: Path | None = None
     try:
         if section.plan is not None:
             plan = load_plan(shown_path(document.path.parent / base_dir / section.plan))
@@ -340,7 +352,8 @@ def make_scenario(
     except (ValueError, TypeError) as error:
         text = one_line(error)
         named = next((name for name in section.config if re.search(rf"\b{re.escape(name)}\b", text)), None)
-        place = document.place((*at, "config") if named is None else (*at, "config", named))
+        source = "config" if section.config or defaults is None else "defaults"
+        place = document.place((*at, source) if named is None else (*at, "config", named))
         lines.append(f"{place}: {text}")
         return None
     return Scenario(
@@ -355,7 +368,7 @@ def make_scenario(
 
 
 def read_defaults(path: Path) -> tuple[dict[str, Any], TaskSection | None]:
-    """The config of a file of defaults and the task that it names, if any; a `UserError` where it has none."""
+    """The config of a file of defaults, and its task if it names one; a `UserError` where there is none."""
     document = read_yaml(shown_path(path))
     config = document.value_at(("config",))
     if not isinstance(config, Mapping) or not config:
@@ -364,7 +377,8 @@ def read_defaults(path: Path) -> tuple[dict[str, Any], TaskSection | None]:
     if unknown:
         raise_lines(
             [
-                f"{document.place(('config', name), key=True)}: unknown knob {name!r}{nearest(name, KNOB_TYPES)}"
+                f"{document.place(('config', name), key=True)}: unknown knob {name!r}"
+                f"{nearest(name, KNOB_TYPES)}"
                 for name in unknown
             ]
         )
@@ -418,4 +432,3 @@ def suite_values(suite: Suite) -> dict[str, Any]:
         "device": suite.device,
         "steps": suite.steps,
     }
-
