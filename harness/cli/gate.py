@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from harness.gate.codes import (
 
 if TYPE_CHECKING:
     from harness.gate.arm_rows import ArmRows
+    from harness.gate.rules import GateRules, MetricRule
     from harness.gate.session import Anchor, GateResult
     from harness.gate.suite import Suite
 
@@ -236,6 +238,7 @@ def main_check(argv: Sequence[str]) -> int:
     check_same_machine(base, candidate)
     rules = GateRules() if suite is None else suite.rules
     if suite is None:
+        rules = replace(rules, metrics=measured_rules(rules, base, candidate))
         scenarios = list(dict.fromkeys([*base.scenarios, *candidate.scenarios]))
         seeds = planned_seeds(base, candidate, scenarios, rules.looks)
     else:
@@ -251,6 +254,26 @@ def main_check(argv: Sequence[str]) -> int:
         commands={"again": command_line("gate", "check", *argv)},
     )
     return tell([view], options, verdict_code([anchor], options.on_inconclusive), [])
+
+
+def measured_rules(rules: GateRules, base: ArmRows, candidate: ArmRows) -> tuple[MetricRule, ...]:
+    """The usual metrics, without those that no row of either side has: nobody asked for them."""
+    from harness.gate.comparison import launch_time, measured
+    from harness.gate.suite import STEP_TIME
+
+    found = []
+    for rule in rules.metrics:
+        values = (
+            launch_time(arm, key) if rule.metric == STEP_TIME else measured(row, rule.metric)
+            for arm in (base, candidate)
+            for key, row in arm.rows.items()
+        )
+        if any(value is not None for value in values):
+            found.append(rule)
+    if not found:
+        names = ", ".join(rule.metric for rule in rules.metrics)
+        raise UserError(f"no row of either side has any of {names}", EXIT_INCOMPLETE)
+    return tuple(found)
 
 
 def check_asked(suite: Suite, rows: ArmRows) -> None:
