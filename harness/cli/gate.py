@@ -397,10 +397,14 @@ def make_view(anchor: Anchor, *, suite: str, candidate: str, commands: dict[str,
     from harness.gate.decision import decision_view
 
     baseline = anchor.label if anchor.name == "baseline" else f"{anchor.name} {anchor.label}"
-    view = decision_view(
-        anchor.decision, suite=suite, candidate=candidate, baseline=baseline, commands=commands
+    return decision_view(
+        anchor.decision,
+        suite=suite,
+        candidate=candidate,
+        baseline=baseline,
+        commands=commands,
+        notes=anchor.notes,
     )
-    return {**view, "notes": [*view.get("notes", []), *anchor.notes]}
 
 
 def run_code(result: GateResult, on_inconclusive: str) -> int:

@@ -68,7 +68,12 @@ def compare_arms(
         for rule in rules.metrics
     ]
     nans = [count_nans(base, candidate, scenario, seeds) for scenario in scenarios]
-    return Comparison(tuple(pairs), tuple(nans), tuple(make_notes(base, candidate, keys)))
+    unknown = [
+        f"no row of either arm has a finite {rule.metric}"
+        for rule in rules.metrics
+        if rule.metric != STEP_TIME and not any(is_measured(arm, rule.metric) for arm in (base, candidate))
+    ]
+    return Comparison(tuple(pairs), tuple(nans), (*unknown, *make_notes(base, candidate, keys)))
 
 
 def check_same_questions(base: ArmRows, candidate: ArmRows, keys: Iterable[Key]) -> None:
@@ -103,16 +108,36 @@ def check_same_questions(base: ArmRows, candidate: ArmRows, keys: Iterable[Key])
 def pair_values(
     base: ArmRows, candidate: ArmRows, rule: MetricRule, scenario: str, seeds: Sequence[int]
 ) -> Pairs:
-    """The values of one metric, seed by seed, of those seeds for which both arms have one."""
+    """The values of one metric of those seeds that have a good row in both arms.
+
+    A value that is not there or not finite is NaN, and a result: a model that accepts nothing has no error.
+    Where no row of either arm has a finite value of the metric, there is nothing to compare: all is missing.
+    """
     if rule.metric == STEP_TIME:
         return pair_times(base, candidate, scenario, seeds)
     found = []
-    for seed in seeds:
-        there = measured(base.rows.get((scenario, seed)), rule.metric)
-        here = measured(candidate.rows.get((scenario, seed)), rule.metric)
-        if there is not None and here is not None:
-            found.append((seed, there, here))
+    if is_measured(base, rule.metric) or is_measured(candidate, rule.metric):
+        for seed in seeds:
+            there, here = base.rows.get((scenario, seed)), candidate.rows.get((scenario, seed))
+            if is_good(there) and is_good(here):
+                found.append((seed, value_of(there, rule.metric), value_of(here, rule.metric)))
     return make_pairs(scenario, rule.metric, found, len(seeds), stored=False)
+
+
+def is_good(row: Mapping[str, Any] | None) -> bool:
+    """Whether there is a row whose trial did not fail."""
+    return row is not None and row.get("status") != "failed"
+
+
+def is_measured(arm: ArmRows, metric: str) -> bool:
+    """Whether some row of an arm has a finite value of a metric."""
+    return any(measured(row, metric) is not None for row in arm.rows.values())
+
+
+def value_of(row: Mapping[str, Any] | None, metric: str) -> float:
+    """The finite value of a metric in a row, else NaN."""
+    value = measured(row, metric)
+    return math.nan if value is None else value
 
 
 def pair_times(base: ArmRows, candidate: ArmRows, scenario: str, seeds: Sequence[int]) -> Pairs:
@@ -163,7 +188,7 @@ def make_pairs(
 
 def measured(row: Mapping[str, Any] | None, metric: str) -> float | None:
     """The finite value of a metric in a row of a trial that did not fail, else None."""
-    if row is None or row.get("status") == "failed":
+    if row is None or not is_good(row):
         return None
     value = row.get(metric)
     if value is None or isinstance(value, str) or not math.isfinite(value):

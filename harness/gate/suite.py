@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from harness.errors import UserError, nearest, one_line
-from harness.gate.rules import DEFAULT_RULES, GateRules, MetricRule
+from harness.gate.rules import GateRules, MetricRule
 from harness.plan import Count, Scalar, Section, Seed, TaskSection, load_plan, problem_line, raise_lines
 from harness.yaml_text import Document, read_yaml
 from reports.metrics import METRICS, ROBUSTNESS, SHORTFALL
@@ -28,7 +28,8 @@ from trainables.configs import KNOB_TYPES, active_knobs, resolve_config
 LONGEST_NAME = 100
 STEP_TIME = "step_time_ms"
 TEST_PREFIX = "test_"
-_RULES = {rule.metric: rule for rule in DEFAULT_RULES}
+_USUAL = GateRules()
+_RULES = {rule.metric: rule for rule in _USUAL.metrics}
 
 
 class ScenarioSection(Section):
@@ -77,11 +78,11 @@ class SuiteFile(Section):
     name: str | None = None
     scenarios: Annotated[list[ScenarioSection], Field(min_length=1)]
     seeds: Seed | list[Seed] = 0
-    looks: Annotated[list[Count], Field(min_length=1)] = Field(default_factory=lambda: [*GateRules.looks])
+    looks: Annotated[list[Count], Field(min_length=1)] = Field(default_factory=lambda: [*_USUAL.looks])
     metrics: dict[str, MetricSection | None] = Field(default_factory=lambda: dict.fromkeys(_RULES))
     time: TimeSection = TimeSection()
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = GateRules.alpha
-    alpha_pass: Annotated[float, Field(gt=0, lt=0.5)] = GateRules.alpha_pass
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = _USUAL.alpha
+    alpha_pass: Annotated[float, Field(gt=0, lt=0.5)] = _USUAL.alpha_pass
     nan_allowance: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0

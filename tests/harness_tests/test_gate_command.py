@@ -31,7 +31,7 @@ from gate_rows import HERE, make_scenario, plant_arm
 # A name that a terminal, a page, a table, a log of GitHub or a shell could act on.
 HOSTILE = "a|b `c` <img src=x onerror=alert(1)>\x1b[2J\r\n::error::d"
 TAME = "tau_infer: 1e-5"
-WILD = "tau_infer: 0.3, tau_train_min: 0.3, tau_train_max: 0.4"
+WILD = "tau_infer: 1.0, tau_train_min: 1.0, tau_train_max: 1.5"
 LOOKS = [4, 6]
 
 
@@ -164,7 +164,7 @@ def test_a_planted_regression_fails_also_when_it_was_interrupted(
     said, progress = capsys.readouterr()
     assert "2 rows were there already" in progress
     assert "training 2 trials" in progress
-    assert "tau_infer was 1e-05, is 0.3" in said
+    assert "tau_infer was 1e-05, is 1.0" in said
     assert "exit code 1: regression" in said
     check_inert(said + progress, place / "junit.xml", place / "s.md")
     (folder,) = (place / "new").glob("candidate-*")
@@ -303,9 +303,8 @@ def test_unmasked_values_that_are_not_finite_fail_at_once(tmp_path: Path) -> Non
     [
         lambda scenario, seed: None if seed == 2 else {},
         lambda scenario, seed: {"status": "failed", "error": "boom"} if seed == 2 else {},
-        lambda scenario, seed: {"coverage": math.nan} if seed == 2 else {},
     ],
-    ids=["no row", "failed", "not measured"],
+    ids=["no row", "failed"],
 )
 @pytest.mark.parametrize("swapped", [False, True], ids=["in the candidate", "in the baseline"])
 def test_what_is_missing_never_passes(
