@@ -140,7 +140,7 @@ class GateItem(pytest.Item):
         from harness.errors import UserError
 
         if isinstance(excinfo.value, GateFailedError):
-            return shown(str(excinfo.value), keep="\n")
+            return "\n".join(map(shown, str(excinfo.value).split("\n")))
         if isinstance(excinfo.value, UserError):
             return "\n".join(shown(f"error: {line}") for line in excinfo.value.lines)
         return super().repr_failure(excinfo, style)
@@ -173,8 +173,8 @@ def judge(result: GateResult, scenario: str, metric: str) -> tuple[list[str], li
     return failures, open_ones
 
 
-def shown(text: str, keep: str = "") -> str:
-    """The text as `harness.gate.merged.clean_text` gives it, loaded when there is something to show."""
-    from harness.gate.merged import clean_text
+def shown(text: str) -> str:
+    """The text on one line, without what a terminal would act on."""
+    from reports.gate_outputs import plain
 
-    return clean_text(text, keep)
+    return plain(text)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from harness.gate.suite import Suite
 
 RUNS = Path("runs") / "gate"
-MOST_ANNOTATIONS = 10  # more are not shown by GitHub
 ON_INCONCLUSIVE = ("fail", "warn", "pass")
 CODES = "exit codes: " + "; ".join(f"{code} {text}" for code, text in MEANINGS.items()) + "; 130 interrupted"
 
@@ -211,12 +210,7 @@ def main_run(argv: Sequence[str]) -> int:
         print("no verdict: nothing was compared")
         print(f"accept them: {accept_command(options, 'first baseline')}")
         return EXIT_PASS
-    return tell(
-        result_views(result, argv, options),
-        options,
-        run_code(result, options.on_inconclusive),
-        [*result.notes, *accepted_lines(result)],
-    )
+    return tell(result_views(result, argv, options), options, run_code(result, options.on_inconclusive))
 
 
 def main_check(argv: Sequence[str]) -> int:
@@ -253,7 +247,7 @@ def main_check(argv: Sequence[str]) -> int:
         candidate=told_arm(candidate),
         commands={"again": command_line("gate", "check", *argv)},
     )
-    return tell([view], options, verdict_code([anchor], options.on_inconclusive), [])
+    return tell([view], options, verdict_code([anchor], options.on_inconclusive))
 
 
 def measured_rules(rules: GateRules, base: ArmRows, candidate: ArmRows) -> tuple[MetricRule, ...]:
@@ -386,13 +380,19 @@ def result_views(
         "again": command_line("gate", "run", *argv),
         "accept": accept_command(options, "why this is right"),
     }
+    notes = [*result.notes, *accepted_lines(result)]
+    if not result.anchors:  # nothing compared, and just this code was accepted
+        for note in notes:
+            say_progress(note)
     return [
-        make_view(anchor, suite=result.suite.name, candidate=result.candidate, commands=commands)
+        make_view(anchor, suite=result.suite.name, candidate=result.candidate, commands=commands, notes=notes)
         for anchor in result.anchors
     ]
 
 
-def make_view(anchor: Anchor, *, suite: str, candidate: str, commands: dict[str, str]) -> dict[str, Any]:
+def make_view(
+    anchor: Anchor, *, suite: str, candidate: str, commands: dict[str, str], notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """A decision as plain data, as `reports.gate_outputs` takes it."""
     from harness.gate.decision import decision_view
 
@@ -403,7 +403,7 @@ def make_view(anchor: Anchor, *, suite: str, candidate: str, commands: dict[str,
         candidate=candidate,
         baseline=baseline,
         commands=commands,
-        notes=anchor.notes,
+        notes=[*notes, *anchor.notes],
     )
 
 
@@ -436,17 +436,18 @@ def accepted_lines(result: GateResult) -> list[str]:
     ]
 
 
-def tell(
-    views: Sequence[dict[str, Any]], options: argparse.Namespace, code: int, notes: Sequence[str]
-) -> int:
+def tell(views: Sequence[dict[str, Any]], options: argparse.Namespace, code: int) -> int:
     """Print the decisions, write them where it was asked for, and return the exit code."""
-    from harness.gate.merged import clean_text, merged_json, merged_junit
-    from reports.gate_outputs import render_annotations, render_markdown, render_terminal
+    from harness.gate.merged import merged_json, merged_junit
+    from reports.gate_outputs import (
+        MOST_ANNOTATIONS,
+        render_annotations,
+        render_markdown,
+        render_terminal,
+    )
 
     for view in views:
         print(render_terminal(view))
-    for note in notes:
-        print(f"note: {clean_text(note)}")
     is_open = any(view["verdict"] == "INCONCLUSIVE" for view in views)
     if code == EXIT_PASS and is_open:
         print(f"not decided, and taken for a pass: --on-inconclusive {options.on_inconclusive}")
@@ -459,7 +460,7 @@ def tell(
             print("::warning title=gate::the evidence does not decide; see the table of the gate")
     summary = options.summary or os.environ.get("GITHUB_STEP_SUMMARY")
     outputs: list[tuple[Path | None, Callable[[], str], str]] = [
-        (options.json, lambda: merged_json(views, exit_code=code, notes=notes), "w"),
+        (options.json, lambda: merged_json(views, exit_code=code), "w"),
         (options.junit, lambda: merged_junit(views), "w"),
         (Path(summary) if summary else None, lambda: "\n\n".join(map(render_markdown, views)) + "\n", "a"),
     ]
@@ -495,9 +496,9 @@ def command_line(*words: str) -> str:
 
 def say_progress(text: str) -> None:
     """One line of progress, without what would move a terminal's cursor."""
-    from harness.gate.merged import clean_text
+    from reports.gate_outputs import plain
 
-    print(clean_text(text), file=sys.stderr, flush=True)
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def parse_date(text: str) -> date:

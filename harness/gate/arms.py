@@ -102,10 +102,14 @@ class Worker:
             raise WorkerLostError(f"an answer that is not JSON: {one_line(line[:200])}") from None
         return dict(answer)
 
-    def close(self) -> None:
-        """End the process."""
+    def kill(self) -> None:
+        """End the process, from whatever thread; who waits for its answer is told that it died."""
         if self._process.poll() is None:
             self._process.kill()
+
+    def close(self) -> None:
+        """End the process and let go of it."""
+        self.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             with contextlib.suppress(OSError):
@@ -146,12 +150,6 @@ class Worker:
             said = next((one_line(line) for line in reversed(lines) if line.strip()), "")
             return f"the worker ended with code {code}" + (f": {said[:300]}" if said else "")
         return f"the worker ended with code {code}"
-
-
-def ask_once(arm: Arm, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    """The answer of a process that is started for one request."""
-    with Worker(arm) as worker:
-        return worker.ask(request, timeout_s)
 
 
 def greet(arm: Arm) -> dict[str, Any]:

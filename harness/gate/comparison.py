@@ -234,6 +234,9 @@ def make_notes(base: ArmRows, candidate: ArmRows, keys: Sequence[Key]) -> Iterab
             yield f"{name}: trial of {scenario!r} with seed {seed} failed: {error}"
         if len(failures) > SHOWN_SEEDS:
             yield f"{name}: {len(failures) - SHOWN_SEEDS} more trials failed"
+    code = base.origin.get("code")
+    if code is not None and code == candidate.origin.get("code"):
+        yield f"both arms train with the same code ({code[:8]})"
     both = [key for key in keys if key in base.rows and key in candidate.rows]
     equal = [key for key in both if same_row(base.rows[key], candidate.rows[key])]
     if both and len(equal) == len(both):

@@ -1,4 +1,4 @@
-"""The decisions of one gate put together in one JSON document and one JUnit file, and text safe to print."""
+"""The decisions of one gate put together: one JSON document and one JUnit file."""
 
 from __future__ import annotations
 
@@ -13,23 +13,13 @@ JSON_VERSION = 1
 ORDER = ("FAIL", "INCONCLUSIVE", "PASS")
 
 
-def clean_text(text: str, keep: str = "") -> str:
-    """The text without what moves a terminal's cursor or starts a line; whatever is not printable is "?".
-
-    >>> clean_text("a\\x1b[31mb\\nc")
-    'a?[31mb?c'
-    """
-    return "".join(letter if letter.isprintable() or letter in keep else "?" for letter in text)
-
-
-def merged_json(views: Sequence[Mapping[str, Any]], *, exit_code: int, notes: Sequence[str]) -> str:
+def merged_json(views: Sequence[Mapping[str, Any]], *, exit_code: int) -> str:
     """One JSON document: the verdict over all baselines, the exit code, and each decision in full."""
     verdicts = [str(view["verdict"]) for view in views]
     values = {
         "schema_version": JSON_VERSION,
         "verdict": next((verdict for verdict in ORDER if verdict in verdicts), None),
         "exit_code": exit_code,
-        "notes": list(notes),
         "decisions": [json.loads(gate_json(dict(view))) for view in views],
     }
     return json.dumps(values, indent=2, allow_nan=False) + "\n"

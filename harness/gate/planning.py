@@ -16,13 +16,12 @@ from harness.errors import UserError
 from harness.gate.arm_rows import ArmRows
 from harness.gate.codes import EXIT_INCOMPLETE
 from harness.gate.comparison import launch_time, measured, pair_values
-from harness.gate.merged import clean_text
 from harness.gate.power import seeds_needed
 from harness.gate.rules import MetricRule
 from harness.gate.suite import STEP_TIME, Suite
+from reports.gate_outputs import plain
 
 FEWEST = 3  # values that a spread is told from
-MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +44,12 @@ def plan_needs(suite: Suite, base: ArmRows | None, candidate: ArmRows, *, power:
     for scenario in suite.scenarios:
         for rule in suite.rules.metrics:
             alone = alone_values(candidate, rule.metric, scenario.name, suite.seeds)
-            unrelated = spread([plain(rule, value) for value in alone], math.sqrt(2) / rule.margin)
+            unrelated = spread([on_scale(rule, value) for value in alone], math.sqrt(2) / rule.margin)
             paired = None
             if base is not None:
                 pairs = pair_values(base, candidate, rule, scenario.name, suite.seeds)
                 harms = [
-                    plain(rule, here) - plain(rule, there)
+                    on_scale(rule, here) - on_scale(rule, there)
                     for there, here in zip(pairs.base, pairs.candidate, strict=True)
                 ]
                 paired = spread(harms, 1 / rule.margin)
@@ -61,11 +60,21 @@ def plan_needs(suite: Suite, base: ArmRows | None, candidate: ArmRows, *, power:
                     len(alone),
                     paired,
                     unrelated,
-                    None if paired is None else seeds_needed(paired, power, cells),
-                    None if unrelated is None else seeds_needed(unrelated, power, cells),
+                    needed(suite, paired, power, cells),
+                    needed(suite, unrelated, power, cells),
                 )
             )
     return needs
+
+
+def needed(suite: Suite, share: float | None, power: float, cells: int) -> int | None:
+    """The seeds for a spread over the margin; None where it is not known, or more than anybody has."""
+    if share is None:
+        return None
+    try:
+        return seeds_needed(share, power, cells, alpha_pass=suite.rules.alpha_pass)
+    except ValueError:
+        return None
 
 
 def alone_values(arm: ArmRows, metric: str, scenario: str, seeds: Sequence[int]) -> list[float]:
@@ -78,7 +87,7 @@ def alone_values(arm: ArmRows, metric: str, scenario: str, seeds: Sequence[int])
     return [value for value in found if value is not None]
 
 
-def plain(rule: MetricRule, value: float) -> float:
+def on_scale(rule: MetricRule, value: float) -> float:
     """A value on the scale on which differences are taken; NaN for one that has no logarithm."""
     if rule.compare == "difference":
         return value
@@ -103,7 +112,7 @@ def plan_text(suite: Suite, base: ArmRows | None, candidate: ArmRows, *, power: 
     head = ["scenario", "metric", "values", "sd/margin paired", "seeds", "sd/margin unrelated", "seeds"]
     lines = [
         [
-            clean_text(need.scenario),
+            plain(need.scenario),
             need.metric,
             str(need.values),
             told(need.paired),
@@ -155,6 +164,6 @@ def advice(suite: Suite, needs: Sequence[Need], power: float) -> list[str]:
         wide = rule.margin * (worst.unrelated or 0.0)
         lines.append(
             f"  most is asked by {worst.metric}: a margin of its spread, {wide:.3g} and not {rule.margin:g}, "
-            f"needs {seeds_needed(1.0, power, len(needs))} seeds"
+            f"needs {needed(suite, 1.0, power, len(needs))} seeds"
         )
     return lines

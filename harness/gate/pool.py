@@ -80,7 +80,7 @@ class Pool:
             for _ in threads:
                 self._jobs[name].put(None)
         for worker in workers:
-            worker.close()
+            worker.kill()  # its thread lets go of it
         for threads in self._threads.values():
             for thread in threads:
                 thread.join(timeout=10.0)

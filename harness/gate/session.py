@@ -25,8 +25,8 @@ from harness.errors import UserError, one_line
 from harness.gate.arm_rows import ArmRows, ArmStore, Key, arm_digest, row_place
 from harness.gate.arms import (
     Arm,
+    Worker,
     WorkerLostError,
-    ask_once,
     candidate_arm,
     commit_arm,
     data_file,
@@ -427,49 +427,64 @@ class Work:
         counter.close()
 
     def time(self, seeds: Sequence[int]) -> None:
-        """Launch what times steps: the arms of a scenario and seed back to back, which first by lot."""
+        """Launch what times steps: the arms back to back for each seed, by lot which first.
+
+        A launch times each scenario once, in an order that is the same for both arms.
+        """
         if not self.suite.times_steps:
             return
-        names = [arm.name for arm in self.arms]
-        wanted = []
-        for scenario in self.suite.scenarios:
-            for seed in seeds:
-                key = (scenario.name, seed)
-                had = [set(self.stores[name].taken.launches.get(key, {})) for name in names]
-                if all(key in self.stores[name].taken.rows for name in names):
-                    wanted += [key] * (self.suite.launches - len(set.intersection(*had)))
+        wanted = [
+            (seed, keys) for seed in seeds for keys in [self._untimed(seed)] for _ in range(self._short(keys))
+        ]
         if not wanted:
             return
         lot = random.Random(f"{self.suite.name} {len(seeds)}")
         lot.shuffle(wanted)
         counter = Counter(f"timing {len(wanted)} launches of each arm", len(wanted), self._say)
-        for number, key in enumerate(wanted):
-            order = lot.sample(self.arms, len(self.arms))
+        for number, (_, keys) in enumerate(wanted):
+            keys = lot.sample(keys, len(keys))
             made = []
-            for place, arm in enumerate(order):
+            for place, arm in enumerate(lot.sample(self.arms, len(self.arms))):
                 at = datetime.now(UTC)
-                made.append((arm.name, place, self._launch(arm, key), at))
+                made.append((arm.name, place, at, self._launch(arm, keys)))
             counter.step()
-            if any(ms is None for _, _, ms, _ in made):
-                continue
             pair = f"{self._sitting}-{len(seeds)}-{number}"
-            for name, place, ms, at in made:
-                assert ms is not None
-                self.stores[name].add_launch(*key, pair, place, ms, at)
+            for key in keys:
+                if all(key in times for _, _, _, times in made):
+                    for name, place, at, times in made:
+                        self.stores[name].add_launch(*key, pair, place, times[key], at)
         counter.close()
 
-    def _launch(self, arm: Arm, key: Key) -> float | None:
-        request = {**self._request(arm.name, key), "ask": "time", "steps": self.suite.steps}
+    def _untimed(self, seed: int) -> list[Key]:
+        """The scenarios that have a row with a seed in every arm, and not all their launches."""
+        keys = [(scenario.name, seed) for scenario in self.suite.scenarios]
+        return [
+            key
+            for key in keys
+            if all(key in store.taken.rows for store in self.stores.values()) and self._short([key])
+        ]
+
+    def _short(self, keys: Sequence[Key]) -> int:
+        """How many launches the one of these that has fewest lacks; 0 for none."""
+        taken = [store.taken.launches for store in self.stores.values()]
+        had = [len(set.intersection(*(set(found.get(key, {})) for found in taken))) for key in keys]
+        return max((self.suite.launches - number for number in had), default=0)
+
+    def _launch(self, arm: Arm, keys: Sequence[Key]) -> dict[Key, float]:
+        """The median steps of some scenarios in one process; what failed is said, and not among them."""
+        times: dict[Key, float] = {}
         try:
-            told = ask_once(arm, request, LAUNCH_TIMEOUT_S)
+            with Worker(arm) as worker:
+                for key in keys:
+                    request = {**self._request(arm.name, key), "ask": "time", "steps": self.suite.steps}
+                    told = worker.ask(request, LAUNCH_TIMEOUT_S)
+                    if "error" in told:
+                        self._say(f"{arm.name}: launch of {key[0]!r} with seed {key[1]}: {told['error']}")
+                    else:
+                        times[key] = float(told["step_time_ms"])
         except WorkerLostError as error:
-            told = {"error": str(error)}
-        if "error" in told:
-            self._say(
-                f"{arm.name}: launch of {key[0]!r} with seed {key[1]} failed: {one_line(told['error'])}"
-            )
-            return None
-        return float(told["step_time_ms"])
+            self._say(f"{arm.name}: a launch was lost: {one_line(error)}")
+        return times
 
     def _request(self, name: str, key: Key) -> dict[str, Any]:
         arm = next(arm for arm in self.arms if arm.name == name)
@@ -543,16 +558,12 @@ def open_store(out: Path, arm: Arm, told: Mapping[str, Any], here: Fingerprint) 
 
 
 def told_arm(rows: ArmRows) -> str:
-    """An arm in a few words: what it is, its commit and the digest of its code."""
-    origin = rows.origin
-    commit = origin.get("commit")
-    dirty = " with changes" if origin.get("commit_dirty") else ""
-    parts = [str(origin.get("label") or rows.source)]
-    if commit and commit[:10] not in parts[0]:
-        parts.append(f"commit {commit[:10]}{dirty}")
-    if origin.get("code"):
-        parts.append(f"code {origin['code'][:8]}")
-    return ", ".join(parts)
+    """An arm in a few words: what it is, and the commit of its code."""
+    label = str(rows.origin.get("label") or rows.source)
+    commit = rows.origin.get("commit")
+    if not commit or commit[:10] in label:
+        return label
+    return f"{label} at {commit[:10]}{' with changes' if rows.origin.get('commit_dirty') else ''}"
 
 
 def write_session(
