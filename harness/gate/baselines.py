@@ -85,8 +85,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_version(folder: Path, said: Mapping[str, Any]) -> Version:
     """One entry of a manifest, checked; ValueError names what is wrong with it."""
-    wanted = {"version": int, "file": str, "sha256": str, "code": str, "reason": str, "nan_allowance": int}
-    for name, kind in wanted.items():
+    texts, numbers = ("file", "sha256", "code", "subject", "reason"), ("version", "nan_allowance")
+    for name in (*texts, *numbers):
+        kind = str if name in texts else int
         if not isinstance(said[name], kind) or isinstance(said[name], bool):
             raise ValueError(f"{name} of a version must be {kind.__name__}, got {said[name]!r}")
     if Path(said["file"]).name != said["file"]:
@@ -182,12 +183,12 @@ def anchors(manifest: Manifest) -> list[tuple[str, Version]]:
     return found
 
 
-def accepted_as(root: Path, suite: str, code: str, today: date) -> Version | None:
-    """The version, on whatever machine, in which exactly this code was accepted; None where it was not."""
+def accepted_as(root: Path, suite: str, subject: str, today: date) -> Version | None:
+    """The version, on whatever machine, in which just this code with these settings was accepted, if any."""
     for manifest in suite_manifests(root, suite):
         for version in reversed(manifest.versions):
             until = version.said.get("expires")
-            if version.said["code"] == code and (until is None or today <= date.fromisoformat(until)):
+            if version.said["subject"] == subject and (until is None or today <= date.fromisoformat(until)):
                 return version
     return None
 
@@ -226,6 +227,7 @@ def write_baseline(
         "commit": origin.get("commit"),
         "commit_dirty": origin.get("commit_dirty"),
         "code": origin["code"],
+        "subject": origin["subject"],
         "config": {name: origin["questions"][name] for name in taken.scenarios},
         "seeds": sorted({seed for _, seed in taken.rows if seed in set(seeds)}),
         "packages": {name: origin.get("packages", {}).get(name) for name in PACKAGES},

@@ -115,14 +115,19 @@ def run_gate(suite: Suite, options: GateOptions, say: Say) -> GateResult:
         told = greet(candidate)
         here = machine_fingerprint(told)
         root = options.baselines if options.baselines is not None else baselines_root(suite.path)
-        chosen = choose_baseline(suite, options, root, here, stack, candidate_code=told["code"])
-        arms, hellos = [candidate], {"candidate": told}
+        chosen = choose_baseline(suite, options, root, here, stack)
+        arms = [candidate]
+        hellos: dict[str, Mapping[str, Any]] = {"candidate": told}
         if chosen.arm is not None:
+            try:
+                hellos["baseline"] = greet_baseline(chosen.arm, candidate, told)
+            except UserError as error:
+                if not options.any_baseline:
+                    raise
+                chosen = with_itself(suite, str(error))
+                hellos["baseline"] = told
+            assert chosen.arm is not None
             arms.append(chosen.arm)
-            # The candidate asked again would say the same.
-            same = chosen.arm.path == candidate.path and chosen.arm.python == candidate.python
-            hellos["baseline"] = told if same else greet(chosen.arm)
-            check_same_versions(told, hellos["baseline"])
         stores = {}
         for arm in arms:
             stores[arm.name] = open_store(options.out, arm, hellos[arm.name], here)
@@ -133,7 +138,8 @@ def run_gate(suite: Suite, options: GateOptions, say: Say) -> GateResult:
         work.check_kept()
         accepted = None
         if chosen.arm is not None:  # a stored baseline is itself what was accepted last
-            accepted = accepted_as(root, suite.name, told["code"], options.today())
+            subject = stores["candidate"].taken.origin["subject"]
+            accepted = accepted_as(root, suite.name, subject, options.today())
         decided: tuple[Anchor, ...] = ()
         notes = list(chosen.notes)
         if options.record:
@@ -177,8 +183,6 @@ def choose_baseline(
     root: Path,
     here: Fingerprint,
     stack: contextlib.ExitStack,
-    *,
-    candidate_code: str,
 ) -> ChosenBaseline:
     """What to compare with; a `UserError` with the code for baselines where it is not there."""
     if options.record:
@@ -190,20 +194,35 @@ def choose_baseline(
     )
     if manifest is not None:
         return stored_baseline(manifest, options)
-    if options.against is not None and (
-        not options.any_baseline or find_commit(suite.path, options.against) is not None
-    ):
+    if options.against is None and not options.any_baseline:
+        raise no_baseline(root, suite.name, suite.path, here)
+    missing = f"no stored baseline fits this machine ({here.identity})"
+    if options.against is None:
+        return with_itself(suite, missing)
+    if not options.any_baseline:
+        return ChosenBaseline(arm=stack.enter_context(commit_arm(suite, options.against)))
+    if find_commit(suite.path, options.against) is None:
+        return with_itself(suite, f"{missing}, and commit {options.against} is not here")
+    try:
         arm = stack.enter_context(commit_arm(suite, options.against))
-        note = f"no stored baseline fits this machine ({here.identity}): compared with a commit instead"
-        return ChosenBaseline(arm=arm, notes=(note,) if options.any_baseline else ())
-    if options.any_baseline:
-        notes = (
-            "no baseline fits this machine"
-            + ("" if options.against is None else f" and commit {options.against} is not here")
-            + ": this code was compared with itself, which proves the machinery and nothing about a change",
-        )
-        return ChosenBaseline(arm=self_arm(suite), notes=notes)
-    raise no_baseline(root, suite.name, suite.path, here)
+    except UserError as error:
+        return with_itself(suite, str(error))
+    return ChosenBaseline(arm=arm, notes=(f"{missing}: compared with a commit",))
+
+
+def with_itself(suite: Suite, why: str) -> ChosenBaseline:
+    """The candidate as its own baseline, and a note that this says nothing about a change."""
+    note = f"{why}: this code was compared with itself, which proves the machinery and nothing about a change"
+    return ChosenBaseline(arm=self_arm(suite), notes=(note,))
+
+
+def greet_baseline(arm: Arm, candidate: Arm, told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the baseline's arm says about itself; a `UserError` where it does not compare."""
+    if (arm.path, arm.python) == (candidate.path, candidate.python):
+        return told  # it would say the same
+    said = greet(arm)
+    check_same_versions(told, said)
+    return said
 
 
 def stored_baseline(manifest: Manifest, options: GateOptions) -> ChosenBaseline:
@@ -518,18 +537,22 @@ def open_store(out: Path, arm: Arm, told: Mapping[str, Any], here: Fingerprint) 
     """The folder of an arm: named by all that decides its rows, so that no others are ever taken for them."""
     asked = arm_digest(suite_values(arm.suite))
     provenance = told.get("provenance", {})
-    decides = {
+    # What is accepted, on whatever machine: this code with these settings on these data.
+    subject = {
         "suite": asked,
         "code": told["code"],
-        "python": told["python"],
-        "torch": told["torch"],
-        "numpy": provenance.get("numpy_version"),
-        "fingerprint": here.to_plain(),
         "files": sorted(
             (one.name, hashlib.sha256(path.read_bytes()).hexdigest())
             for one in arm.suite.scenarios
             if (path := data_file(one)) is not None
         ),
+    }
+    decides = {
+        **subject,
+        "python": told["python"],
+        "torch": told["torch"],
+        "numpy": provenance.get("numpy_version"),
+        "fingerprint": here.to_plain(),
     }
     digest = arm_digest(decides)
     origin = {
@@ -541,6 +564,7 @@ def open_store(out: Path, arm: Arm, told: Mapping[str, Any], here: Fingerprint) 
         "question": asked,
         "questions": {one.name: one.question for one in arm.suite.scenarios},
         "code": told["code"],
+        "subject": arm_digest(subject),
         "commit": arm.commit or provenance.get("commit"),
         "commit_dirty": False if arm.commit else provenance.get("commit_dirty"),
         "packages": {

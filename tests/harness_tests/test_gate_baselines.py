@@ -57,7 +57,7 @@ def take(
     suite: Suite, folder: Path, figures: Figures = lambda scenario, seed: {}, *, seeds: int = 3, **given: Any
 ) -> Version:
     """Plant a candidate in a gate's folder and accept it."""
-    origin = {name: given.pop(name) for name in ("code", "fingerprint") if name in given}
+    origin = {name: given.pop(name) for name in ("subject", "fingerprint") if name in given}
     out = folder / f"out-{len(list(folder.iterdir()))}"
     plant_arm(out, "candidate", figures, scenarios=suite.scenarios, seeds=range(seeds), **origin)
     session = {"suite": suite.name, "suite_path": str(suite.path), "arms": {"candidate": "candidate"}}
@@ -175,16 +175,16 @@ def test_a_suite_that_has_changed_since_wants_a_new_run(tmp_path: Path) -> None:
 
 
 def test_code_that_was_accepted_is_known_on_any_machine(tmp_path: Path) -> None:
-    """By the digest of its sources, as long as the acceptance lasts."""
+    """By the digest of its sources and settings, as long as the acceptance lasts."""
     suite = make_suite(tmp_path)
     elsewhere = {**HERE.to_plain(), "cpu": "another"}
-    take(suite, tmp_path, code="c" * 16, fingerprint=elsewhere, expires=date(2026, 12, 1))
+    take(suite, tmp_path, subject="this", fingerprint=elsewhere, expires=date(2026, 12, 1))
     root = tmp_path / "baselines"
-    found = accepted_as(root, "suite", "c" * 16, TODAY)
+    found = accepted_as(root, "suite", "this", TODAY)
     assert found is not None
     assert found.name == "v0001"
-    assert accepted_as(root, "suite", "c" * 16, date(2026, 12, 2)) is None
-    assert accepted_as(root, "suite", "d" * 16, TODAY) is None
+    assert accepted_as(root, "suite", "this", date(2026, 12, 2)) is None
+    assert accepted_as(root, "suite", "that", TODAY) is None
     assert find_manifest(root, "suite", HERE) is None
 
 
