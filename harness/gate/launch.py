@@ -92,7 +92,6 @@ def answer_time(request: Mapping[str, Any]) -> dict[str, Any]:
     """Train as many steps as are asked for, on as few rows as that takes, and give their median time."""
     import torch
 
-    from scm.data import Split
     from trainables.configs import resolve_config
     from trainables.loading import load_task
     from trainables.trial import TrialRun
@@ -103,7 +102,7 @@ def answer_time(request: Mapping[str, Any]) -> dict[str, Any]:
     group = int(config["batch_size"]) * int(config.get("gradient_accumulation_steps") or 1)
     train = loaded.splits["train"]
     rows = torch.arange(min(len(train), group * wanted))
-    few = Split(
+    few = type(train)(
         train.inputs[rows],
         train.targets.index(rows),
         {name: extra[rows] for name, extra in train.extras.items()},

@@ -86,7 +86,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_commit_is_laid_out_beside_the_repository(place: Path) -> None:
-    """Its tasks are its own, data that it lacks are those that are here, and the repository is not touched."""
+    """Its tasks are its own, data that it lacks are those that are here; the repository is not touched."""
     (place / "own_task.py").write_text("raise RuntimeError('changed')\n", encoding="utf-8")
     before = subprocess.run(["git", "status"], capture_output=True, text=True, check=True, cwd=place).stdout
     suite = load_suite(Path("suite.yaml"))
@@ -228,10 +228,10 @@ def test_a_trial_that_fails_is_never_passed_over(place: Path, capsys: pytest.Cap
         "from trainables.tasks.dose import make_dose_task\n\nclass Own:\n    def __init__(self, params):\n"
         "        self.task = make_dose_task({'n_train': 200, 'n_val': 200, 'n_test': 50})\n"
         "    def __getattr__(self, name):\n        return getattr(self.task, name)\n"
-        "    def splits(self, seed):\n        if seed == 2:\n            raise RuntimeError('no data today')\n"
+        "    def splits(self, seed):\n        if seed == 2:\n            raise OSError('no data today')\n"
         "        return self.task.splits(seed)\n",
         encoding="utf-8",
     )
     (place / "suite.yaml").write_text(SUITE.replace("own_task:make", "own_task:Own"), encoding="utf-8")
     assert main(["gate", "run", "--suite", "suite.yaml", "--any-baseline"]) == EXIT_INCOMPLETE
-    assert "trial of 'own' with seed 2 failed: RuntimeError: no data today" in capsys.readouterr().out
+    assert "trial of 'own' with seed 2 failed: OSError: no data today" in capsys.readouterr().out

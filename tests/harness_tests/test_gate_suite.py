@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from harness.errors import EXIT_BAD_INPUT, UserError
 from harness.gate.rules import DEFAULT_RULES, GateRules
-from harness.gate.suite import Suite, load_suite
+from harness.gate.suite import MetricSection, ScenarioSection, Suite, SuiteFile, TimeSection, load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = "scenarios:\n  - {name: a, task: {name: dose}}\n"
@@ -215,6 +216,20 @@ def test_the_suite_of_the_project_is_one() -> None:
     """examples/gate/suite.yaml parses."""
     suite = load_suite(ROOT / "examples" / "gate" / "suite.yaml")
     assert {one.task for one in suite.scenarios} == {"table", "dose"}
+
+
+def test_the_suite_of_the_document_is_one_and_shows_every_key(tmp_path: Path) -> None:
+    """The first YAML of docs/gate.md parses where its files are, and names every key of a suite."""
+    text = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)[0]
+    suite = load_suite(written(tmp_path, shown.replace("base_dir: .", f"base_dir: {ROOT / 'docs'}")))
+    assert [one.task for one in suite.scenarios] == ["table", "table"]
+    assert suite.scenarios[1].config["max_epochs"] == 10
+    keys = set(SuiteFile.model_fields)
+    for model in (ScenarioSection, MetricSection, TimeSection):
+        keys |= set(model.model_fields)
+    assert sorted(key for key in keys - {"tail_guard"} if f"{key}:" not in text) == []
+    assert "tail_guard" in text
 
 
 def test_a_suite_is_read_without_torch() -> None:
