@@ -384,10 +384,18 @@ def result_views(
     if not result.anchors:  # nothing compared, and just this code was accepted
         for note in notes:
             say_progress(note)
-    return [
-        make_view(anchor, suite=result.suite.name, candidate=result.candidate, commands=commands, notes=notes)
-        for anchor in result.anchors
-    ]
+    views: list[dict[str, Any]] = []
+    for anchor in result.anchors:
+        view = make_view(
+            anchor,
+            suite=f"{result.suite.name}, {anchor.name}" if views else result.suite.name,
+            candidate=result.candidate,
+            commands={} if views else commands,
+            notes=notes,
+        )
+        said = {note for earlier in views for note in earlier["notes"]}
+        views.append({**view, "notes": [note for note in view["notes"] if note not in said]})
+    return views
 
 
 def make_view(
@@ -453,8 +461,8 @@ def tell(views: Sequence[dict[str, Any]], options: argparse.Namespace, code: int
         print(f"not decided, and taken for a pass: --on-inconclusive {options.on_inconclusive}")
     print(f"exit code {code}: {MEANINGS[code]}")
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        lines = [line for view in views for line in render_annotations(view)]
-        for line in lines[:MOST_ANNOTATIONS]:
+        lines = dict.fromkeys(line for view in views for line in render_annotations(view))
+        for line in list(lines)[:MOST_ANNOTATIONS]:
             print(line)
         if is_open and options.on_inconclusive == "warn":
             print("::warning title=gate::the evidence does not decide; see the table of the gate")
