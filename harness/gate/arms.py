@@ -8,7 +8,6 @@ or the candidate once more. What a worker does is in `launch`.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import select
@@ -207,7 +206,7 @@ def candidate_arm(suite: Suite) -> Arm:
         name="candidate",
         label="this code",
         python=sys.executable,
-        path=(CODE_ROOT,),
+        path=(CODE_ROOT, *user_path()),
         root=CODE_ROOT,
         suite=suite,
     )
@@ -225,7 +224,12 @@ def python_arm(suite: Suite, python: Path) -> Arm:
         raise UserError(f"--baseline-python must be a Python interpreter, got {str(python)!r}", EXIT_BASELINE)
     # Its own name is kept: that of a virtual environment is a link which says where the packages are.
     return Arm(
-        name="baseline", label=str(python), python=os.path.abspath(found), path=(), root=None, suite=suite
+        name="baseline",
+        label=str(python),
+        python=os.path.abspath(found),
+        path=user_path(),
+        root=None,
+        suite=suite,
     )
 
 
@@ -254,7 +258,10 @@ def commit_arm(suite: Suite, reference: str) -> Iterator[Arm]:
             name="baseline",
             label=label,
             python=sys.executable,
-            path=(root,) if is_project else (folder.resolve(), CODE_ROOT),
+            path=(
+                *((root,) if is_project else (folder.resolve(), CODE_ROOT)),
+                *(moved_path(path, top, folder) for path in user_path()),
+            ),
             root=root,
             suite=suite.with_arm("baseline", scenarios),
             commit=commit,
@@ -323,16 +330,31 @@ def ask_git(folder: Path, *arguments: str) -> str | None:
 
 def lay_out(top: Path, commit: str, folder: Path) -> None:
     """Write the files of a commit into a folder."""
-    done = subprocess.run(
-        ["git", "-C", str(top), "archive", "--format=tar", commit],
-        capture_output=True,
-        timeout=GIT_TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise UserError(
-            f"commit {commit[:10]} cannot be laid out: {one_line(done.stderr.decode(errors='replace'))}",
-            EXIT_BASELINE,
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            ["git", "-C", str(top), "archive", "--format=tar", commit], stdout=subprocess.PIPE, stderr=said
         )
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+        assert process.stdout is not None
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                archive.extractall(folder, filter="data")
+            process.stdout.read()  # what pads the end
+            failed = process.wait(timeout=GIT_TIMEOUT_S) != 0
+            reason = ""
+        except (tarfile.TarError, OSError, subprocess.TimeoutExpired) as error:
+            failed, reason = True, one_line(error)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stdout.close()
+        if failed:
+            said.seek(0)
+            reason = one_line(said.read().decode(errors="replace")) or reason
+            raise UserError(f"commit {commit[:10]} cannot be laid out: {reason}", EXIT_BASELINE)
+
+
+def user_path() -> tuple[Path, ...]:
+    """What the user's PYTHONPATH names besides this code: where tasks of theirs may come from."""
+    entries = [Path(text) for text in os.environ.get("PYTHONPATH", "").split(os.pathsep) if text]
+    return tuple(path.resolve() for path in entries if path.resolve() != CODE_ROOT)
