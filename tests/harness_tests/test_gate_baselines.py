@@ -253,3 +253,20 @@ def test_rows_of_a_run_have_a_scenario_for_each_config() -> None:
     rows = [{"task": "dose", "config_id": name, "seed": seed} for name in "ab" for seed in (0, 1)]
     keyed = keyed_rows(pa.Table.from_pylist(rows), "a run")
     assert ArmRows("a run", keyed).scenarios == ["dose a", "dose b"]
+
+
+def test_rows_are_the_same_in_what_both_say() -> None:
+    """Bit for bit: NaN is NaN, a list is its values; columns of newer code and times do not count."""
+    row = {
+        "coverage": 0.8,
+        "loss": float("nan"),
+        "curve": [0.1, float("nan")],
+        "error": "",
+        "duration_s": 1.0,
+    }
+    assert same_row(row, {**row, "curve": [0.1, float("nan")], "duration_s": 2.0, "newer": 1.0})
+    assert same_row(row, {**row, "loss": None, "error": None})
+    assert not same_row(row, {**row, "coverage": 0.8000000000000002})
+    assert not same_row(row, {**row, "curve": [0.1, 0.2]})
+    assert not same_row(row, {**row, "curve": [0.1]})
+    assert not same_row(row, {**row, "loss": 0.0})
