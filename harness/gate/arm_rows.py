@@ -23,7 +23,7 @@ from reports.fragments import FragmentWriter, RunReadError, read_fragments, writ
 from reports.provenance import row_provenance
 from reports.rows import ROWS_FOLDER, RowWriter, read_rows
 from reports.schema import BASE_COLUMNS, CONFIG_PREFIX, OPEN_PREFIXES, Column, row_schema, stamped_schema
-from search_spaces.identity import config_id, trial_id
+from search_spaces.identity import config_id, scenario_name, trial_id
 from trainables.configs import KNOB_TYPES
 
 ARM_FILE = "arm.json"
@@ -159,6 +159,8 @@ def gate_row(
         **{f"{CONFIG_PREFIX}{name}": value for name, value in active.items()},
         **place,
         "task": scenario.task,
+        "scenario": scenario_name(scenario.task, scenario.params),
+        "settings_id": config_id(active or scenario.config),
         "config_id": identity,
         "trial_id": trial_id(identity, seed),
         "seed": seed,

@@ -72,7 +72,7 @@ def needed(suite: Suite, share: float | None, power: float, cells: int) -> int |
     if share is None:
         return None
     try:
-        return seeds_needed(share, power, cells, alpha_pass=suite.rules.alpha_pass)
+        return seeds_needed(share, power, cells, alpha_pass=suite.rules.alpha_pass_of_a_look)
     except ValueError:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def git(folder: Path, *arguments: str) -> None:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Somebody's repository: a suite below its top, a task of their own, data that git does not hold."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     folder = tmp_path / "repository" / "gate"
     folder.mkdir(parents=True)
     (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")

@@ -30,6 +30,7 @@ from harness.gate.comparison import compare_arms
 from harness.gate.decision import GateDecision
 from harness.gate.merged import merged_json, merged_junit
 from harness.gate.planning import plan_needs, plan_text
+from harness.gate.power import seeds_needed
 from harness.gate.rules import GateRules, MetricRule
 from harness.gate.session import (
     ChosenBaseline,
@@ -311,7 +312,7 @@ def test_seeds_are_planned_from_the_spread_of_the_pilot(tmp_path: Path) -> None:
     (need,) = plan_needs(suite, base, noisy, power=0.9)
     assert need.paired == pytest.approx(0.01 * math.sqrt(8 / 7) / 0.01)
     assert need.unrelated == pytest.approx(math.sqrt(2) * need.paired)
-    assert need.seeds_paired == 12
+    assert need.seeds_paired == seeds_needed(need.paired, 0.9, alpha_pass=RULES.alpha_pass_of_a_look)
     assert need.seeds_unrelated is not None
     assert need.seeds_unrelated > need.seeds_paired
     text = plan_text(suite, None, noisy, power=0.9)
