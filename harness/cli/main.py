@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
         "try laws, faults and shifted data on the best configs of a run, or on a model",
     ),
     "replay": Command("harness.cli.replay", "try a case that broke a law again"),
+    "gate": Command("harness.cli.gate", "say whether a change makes training worse"),
     "spaces": Command("harness.cli.spaces", "list the named search spaces and what each varies"),
     "tasks": Command("harness.cli.tasks", "list the tasks that a plan can name"),
 }
@@ -97,10 +98,10 @@ def help_text() -> str:
     lines += ["", "scm-harness COMMAND --help says more about one command."]
     lines += [
         "",
-        "exit codes: 0 done; 1 found something (audit, robustness, replay); 2 bad input (usage, plan, space,",
-        "data, checkpoint); 4 run folder missing, not empty, unwritable or not a run; 5 finished, but no",
-        "config has a completed trial; 6 the environment cannot give what was asked (GPU, address);",
-        "130 interrupted, finished rows kept.",
+        "exit codes: 0 done; 1 found something (audit, robustness, replay, gate); 2 bad input (usage, plan,",
+        "space, data, checkpoint); 3 not decided (gate); 4 run folder missing, not empty, unwritable or not",
+        "a run, baseline missing or not comparable (gate); 5 finished, but no config has a completed trial;",
+        "6 the environment cannot give what was asked (GPU, address); 130 interrupted, finished rows kept.",
     ]
     return "\n".join(lines)
 
