@@ -125,7 +125,7 @@ class StatusChange:
 
 @dataclass(frozen=True, slots=True)
 class ConfigPair:
-    """One config that both runs have. Ranks are those of the whole leaderboards; why: why it was ruled out."""
+    """One config that both runs have, with its ranks in the whole leaderboards, and why it was ruled out."""
 
     config_a: str
     config_b: str
@@ -155,9 +155,9 @@ class Comparison:
     matched_by: "config_id", "settings_id" or "knobs". same_data: whether the data of every common seed are
     equal, None where the rows do not say. tau: Kendall's, of the order of the common configs; NaN below two.
     identical: pairs whose trials say the same of everything but times. only_a, only_b: configs of one run,
-    best first. ambiguous: configs whose knobs are those of another of their run, as far as both runs know them;
-    they are not paired. went_wrong, came_right: trials that ended well in A alone, in B alone. configs: the
-    `MOST_CONFIGS` common ones that stand highest in either run.
+    best first. ambiguous: configs whose knobs are those of another of their run, as far as both runs know
+    them; they are not paired. went_wrong, came_right: trials that ended well in A alone, in B alone.
+    configs: the `MOST_CONFIGS` common ones that stand highest in either run.
     """
 
     a: RunFacts
