@@ -122,6 +122,6 @@ def _at(decoded: Decoded, pairs: Sequence[tuple[int, float]]) -> Decoded:
     values, bottom, fault, q_abs = (item.index_select(0, place) for item in decoded[:4])
     taus = taus.view(-1, *[1] * (q_abs.ndim - 1))
     bottom = bottom | (q_abs.to(torch.float64) < taus)
-    hidden = bottom.unsqueeze(-1) if bottom.ndim < values.ndim else bottom
+    hidden = bottom.view(*bottom.shape, *[1] * (values.ndim - bottom.ndim))  # one |Q| for all of a vector
     numerator = None if decoded.numerator is None else decoded.numerator.index_select(0, place)
     return Decoded(values.masked_fill(hidden, math.nan), bottom, fault, q_abs, numerator)
