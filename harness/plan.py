@@ -28,6 +28,7 @@ from pydantic import (
 from harness.errors import UserError, nearest, one_line
 from harness.search import SEARCHERS, check_grid
 from harness.yaml_text import Document, KeyPath, read_yaml, write_yaml
+from reports.changes import find_changes
 from reports.metrics import ROBUSTNESS, SHORTFALL, parse_metric
 from search_spaces.errors import SpaceError
 from search_spaces.named import SPACES, parse_space
@@ -481,19 +482,4 @@ def plan_digest(plan: Plan) -> str:
 
 def plan_differences(plan: Plan, other: Plan) -> list[str]:
     """The dotted names of the fields in which two plans differ, as far as the rows depend on them."""
-    return sorted(differing(digest_values(plan), digest_values(other), ""))
-
-
-def differing(one: Any, other: Any, prefix: str) -> set[str]:
-    """The dotted paths below `prefix` at which two plain values differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {
-            name
-            for key in one.keys() | other.keys()
-            for name in (
-                differing(one[key], other[key], f"{prefix}{key}.")
-                if key in one and key in other
-                else {f"{prefix}{key}"}
-            )
-        }
-    return set() if one == other and type(one) is type(other) else {prefix.removesuffix(".")}
+    return [change.key for change in find_changes(digest_values(plan), digest_values(other))]
