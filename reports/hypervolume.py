@@ -141,4 +141,4 @@ def _place(values: Sequence[float], names: Sequence[str], bounds: Bounds) -> Flo
 def _share(points: Floats) -> float:
     inside = np.clip(points, 0.0, REFERENCE)
     volume = moocore.hypervolume(inside, ref=np.full(points.shape[1], REFERENCE))
-    return float(volume) / REFERENCE ** points.shape[1]
+    return min(1.0, float(volume) / REFERENCE ** points.shape[1])

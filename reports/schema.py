@@ -92,6 +92,9 @@ METRIC_COLUMNS: tuple[Column, ...] = (
     Column("target_coverage", "float64", "the coverage asked for", "share"),
     *(Column(c.name, c.type_name, f"{c.meaning}; validation split", c.unit) for c in _DECODED_METRICS),
     *(Column(f"test_{c.name}", c.type_name, f"{c.meaning}; test split", c.unit) for c in _DECODED_METRICS),
+    Column("curve_coverage", "floats", "coverages at thresholds on |Q|, growing; validation split", "share"),
+    Column("curve_error", "floats", "accepted_error at each of them", "task's unit"),
+    Column("curve_area", "float64", "mean of that error over the coverages of the curve", "task's unit"),
 )
 
 PROVENANCE_COLUMNS: tuple[Column, ...] = (
