@@ -263,12 +263,12 @@ class _Figures:
         sizes = np.bincount(self.owner)
         share = np.bincount(self.owner, weights=drawn) / sizes
         there = [int(index) for index in np.flatnonzero(share > 0)]
-        weight = share[there] / share[there].sum()
+        weight = share[there]
         means: dict[str, Floats] = {}
         regrets: dict[str, Floats] = {NAN_COUNT.name: self.nan_count.astype(np.float64)}
         for name in self.values:
             within = np.column_stack([self.within(name, drawn, index) for index in there])
-            means[name] = within @ weight
+            means[name] = within @ weight / weight.sum()
             regrets[name] = _behind_best(within).max(axis=1)
         signs = [Blocks.sign(self.gained, np.where(self.owner == index, drawn, 0)) for index in there]
         worthless = np.any([sign == 0 for sign in signs], axis=0)

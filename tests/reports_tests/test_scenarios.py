@@ -65,10 +65,10 @@ def runs(draw: st.DrawFn, most_scenarios: int = 3) -> list[dict[str, Any]]:
     rows = []
     configs = draw(st.integers(1, 5))
     for scenario in range(draw(st.integers(1, most_scenarios))):
-        for settings in range(configs):
+        for index in range(configs):
             rows += [
                 row(
-                    f"c{settings}",
+                    f"c{index}",
                     f"t{scenario}",
                     seed,
                     accepted_error=draw(ERRORS),
