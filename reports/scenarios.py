@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reports.aggregate import Bools, Floats, Ints, Trials, group_trials
-from reports.evidence import RANK_COLUMNS, Blocks, resample_ranks
+from reports.evidence import RANK_COLUMNS, RESAMPLES, Blocks, resample_ranks
 from reports.metrics import ROBUSTNESS, Metric
 from reports.order import Standing, order_configs
 from reports.ranking import MOST_WEIGHED, NAN_COUNT, RankingOptions, rank
@@ -45,12 +45,15 @@ def rank_scenarios(
     *,
     seeds: Mapping[str, Sequence[int]] | None = None,
     reference: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> pa.Table:
     """The settings of all these rows once each, best first, whatever the order of the tables and their rows.
 
     `seeds` names those that every config must have in a scenario; without, `options.seeds`, else all seeds of
     the scenario's rows. `reference`: the settings_id that figures are relative to; where it is None, unknown
-    or ruled out, the median over the settings that are not.
+    or ruled out, the median over the settings that are not. `resamples` and `seed` are those of the draws of
+    blocks, where there are too many to take each.
 
     Columns: rank (from 1), feasible, front, beats_abstaining (in every scenario), why, settings_id; rank_low,
     rank_high, p_best, p_front, as `reports.ranking.rank` has them, over (scenario, seed) blocks; mean_rank
@@ -83,7 +86,7 @@ def rank_scenarios(
         )
     feasible = np.asarray([all(one.allows(settings) for one in held) for settings in every])
     figures = _Figures.of_scenarios(held, options, [every[at] for at in np.flatnonzero(feasible)])
-    return _leaderboard(held, figures, every, options, reference)
+    return _leaderboard(held, figures, every, options, reference, (resamples, seed))
 
 
 # --- rows to scenarios ------------------------------------------------------------------------------------
@@ -342,6 +345,7 @@ def _leaderboard(
     every: list[str],
     options: RankingOptions,
     reference: str | None,
+    drawing: tuple[int, int],
 ) -> pa.Table:
     blocks = len(figures.owner)
     ones = np.ones(blocks, dtype=np.int64)
@@ -369,7 +373,7 @@ def _leaderboard(
     }
     weighed = min(number, MOST_WEIGHED)
     first = figures.first(weighed, order)
-    sure = resample_ranks(first.stand, configs=weighed, blocks=blocks)
+    sure = resample_ranks(first.stand, configs=weighed, blocks=blocks, resamples=drawing[0], seed=drawing[1])
     for name in RANK_COLUMNS:
         found = sure.column(name).to_pylist()
         columns[name] = pa.array([*found, *[None] * (len(listed) - weighed)], sure.schema.field(name).type)

@@ -21,10 +21,11 @@ GAP = "  "
 def render_scenarios(table: pa.Table, top: int | None = 10, sources: Mapping[str, str] | None = None) -> str:
     """What `reports.scenarios.rank_scenarios` returned, as lines of at most 120 columns.
 
-    First the scenarios, by number, each with what `sources` says of where its rows are from; then how figures compare, the `top` best settings (all for None), the
-    knobs of the best, and the settings that were ruled out (`top` of them), each with its reason. A figure
-    is relative to the reference, and behind it stands by how much the settings are behind the best of the
-    scenario that is their worst, and which that is. Ids and names are never cut.
+    First the scenarios, by number, each with what `sources` says of where its rows are from; then how figures
+    compare, the `top` best settings (all for None), the knobs of the best, and the settings that were ruled
+    out (`top` of them), each with its reason. A figure is relative to the reference; behind it stands by how
+    much the settings are behind the best of the scenario that is their worst, and which that is. Ids and
+    names are never cut.
     """
     if top is not None and top < 0:
         raise ValueError(f"top must be >= 0, got {top=}")
@@ -73,8 +74,8 @@ def _summary(table: pa.Table, feasible: int, said: dict[str, Any], sources: Mapp
         blocks = sum(map(len, said["seeds"].values()))
         few = "" if blocks >= SURE_FROM else f", which are few: {SURE_FROM} and more would say more"
         lines += _wrap(
-            f"in 90%, best: where a rank lies, and how often first, by drawing {blocks} blocks of scenario and "
-            f"seed{few}"
+            f"in 90%, best: where a rank lies, and how often first, by drawing {blocks} blocks of scenario "
+            f"and seed{few}"
         )
     return lines
 
