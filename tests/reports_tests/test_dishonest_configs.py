@@ -135,7 +135,7 @@ def check_order(board: list[dict[str, Any]], name: str) -> None:
 
 @pytest.mark.parametrize("failed_budget", [0, 3])
 @pytest.mark.parametrize("by", BY, ids=",".join)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(honest_configs())
 def test_no_dishonest_config_is_ranked_above_an_honest_one(by, failed_budget, honest):
     """All of them at once, whatever the objectives, also where failures are allowed."""
