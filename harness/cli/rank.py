@@ -99,16 +99,12 @@ def run(
     for an option that the rows do not bear. Code 5 is returned where no config has a measured trial.
     """
     from reports.fragments import RunReadError
-    from reports.ranking import rank, write_leaderboard
+    from reports.large_runs import rank_run
+    from reports.ranking import run_totals, write_leaderboard
     from reports.robustness_scores import read_robustness
-    from reports.rows import read_rows
+    from reports.rows import find_rows
     from reports.text import render_leaderboard
 
-    try:
-        rows = read_rows(folder)
-        robustness = read_robustness(folder)
-    except RunReadError as error:
-        raise UserError(str(error), EXIT_RUN_FOLDER) from None
     given = {
         "by": None if by is None else tuple(by),
         "nan_budget": nan_budget,
@@ -117,7 +113,11 @@ def run(
         "step_time_tolerance": step_time_tolerance,
     }
     try:
-        leaderboard = rank(rows, make_options(folder, given), robustness)
+        find_rows(folder)
+        robustness = read_robustness(folder)
+        leaderboard = rank_run(folder, make_options(folder, given), robustness)
+    except RunReadError as error:
+        raise UserError(str(error), EXIT_RUN_FOLDER) from None
     except ValueError as error:
         raise UserError(str(error), EXIT_BAD_INPUT) from None
 
@@ -126,8 +126,8 @@ def run(
         write_leaderboard(folder, leaderboard)
     except OSError as error:
         raise UserError(f"cannot write the leaderboard: {error}", EXIT_RUN_FOLDER) from None
-    measured = sum(sum(leaderboard.column(name).to_pylist()) for name in ("n_completed", "n_stopped"))
-    return EXIT_OK if measured else EXIT_NOTHING_COMPLETED
+    totals = run_totals(leaderboard)
+    return EXIT_OK if totals["n_completed"] + totals["n_stopped"] else EXIT_NOTHING_COMPLETED
 
 
 def make_options(folder: Path, given: dict[str, Any]) -> RankingOptions:
