@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -155,6 +155,18 @@ class Judging(Section):
     ranking: RankingSection = RankingSection()
 
 
+class Trained(Section):
+    """The parts of a plan that say what is trained, and from which config."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task: TaskSection
+    config: dict[str, Any] = {}
+
+
+Part = TypeVar("Part", Judging, Trained)
+
+
 class Plan(Section):
     """One sweep, wholly: the same plan gives the same rows on any machine with the same library versions."""
 
@@ -226,14 +238,23 @@ def load_plan(path: Path) -> Plan:
     return plan
 
 
+def load_trained(path: Path) -> Trained:
+    """What a run's plan says about its task and its config; otherwise as `load_judging`."""
+    return _load_part(path, Trained)
+
+
 def load_judging(path: Path) -> Judging:
     """What a run's plan says about its ranking; `UserError` as for `load_plan`.
 
     The rest of the plan is not looked at: a run stays rankable when a later version knows other knobs.
     """
+    return _load_part(path, Judging)
+
+
+def _load_part(path: Path, part: type[Part]) -> Part:
     document = read_yaml(path)
     try:
-        return Judging.model_validate(document.values)
+        return part.model_validate(document.values)
     except ValidationError as error:
         raise_lines([problem_line(document, problem) for problem in error.errors(include_url=False)])
 
