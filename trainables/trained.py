@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,15 +68,19 @@ def train_models(
     *,
     device: str = "cpu",
     on_epoch: Callable[[], None] = lambda: None,
+    deal: Callable[[Mapping[str, Split], int], Mapping[str, Split]] | None = None,
 ) -> dict[str, Trained | Mapping[str, Any]]:
     """Train (trial_id, config, seed), as packs where they can be, and return models by trial_id.
 
-    A trial that failed (its task raised) is there with its outcome alone.
+    A trial that failed (its task raised) is there with its outcome alone. `deal` makes the splits that a
+    seed's trials have from those of the task; `data_digest` is that of the task's.
     """
     loaded: dict[int, Any] = {}
 
     def load(seed: int) -> tuple[Task, Mapping[str, Split]]:
-        loaded[seed] = load_task(spec, seed)
+        if seed not in loaded:
+            held = load_task(spec, seed)
+            loaded[seed] = held if deal is None else replace(held, splits=deal(held.splits, seed))
         return loaded[seed].task, loaded[seed].splits
 
     members = [Member(trial_id, config, seed) for trial_id, config, seed in trials]
