@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command("harness.cli.sweep", "run a plan: draw configs, train them, write rows, rank them"),
     "audit": Command("harness.cli.audit", "name the knobs of a plan that do nothing, before it is run"),
     "rank": Command("harness.cli.rank", "rank the configs of a run"),
+    "defaults": Command(
+        "harness.cli.defaults", "confirm the best configs of a run on fresh seeds, and write the default"
+    ),
     "robustness": Command(
         "harness.cli.robustness",
         "try laws, faults and shifted data on the best configs of a run, or on a model",
@@ -98,9 +101,9 @@ def help_text() -> str:
     lines += [
         "",
         "exit codes: 0 done; 1 found something (audit, robustness, replay); 2 bad input (usage, plan, space,",
-        "data, checkpoint); 4 run folder missing, not empty, unwritable or not a run; 5 finished, but no",
-        "config has a completed trial; 6 the environment cannot give what was asked (GPU, address);",
-        "130 interrupted, finished rows kept.",
+        "data, checkpoint); 3 evidence too thin to decide by (defaults); 4 run folder missing, not empty,",
+        "unwritable or not a run; 5 finished, but no config has a completed trial; 6 the environment cannot",
+        "give what was asked (GPU, address); 130 interrupted, finished rows kept.",
     ]
     return "\n".join(lines)
 

@@ -269,7 +269,7 @@ def calibrated_decode(
         config = record.inference_config(tau_train=tau_train)
     result = strict_inference(numerator, denominator, config)
     if gauge == "unit":
-        _check_unit(numerator, denominator)
+        check_unit_tuples(numerator, denominator)
     return result
 
 
@@ -430,7 +430,8 @@ def _check_gauge_of(q: Tensor, gauge: str) -> None:
         )
 
 
-def _check_unit(numerator: Any, denominator: Any) -> None:
+def check_unit_tuples(numerator: Any, denominator: Any) -> None:
+    """Raise GaugeMismatchError unless P² + Q² = 1 for every tuple that is finite and not (0, 0)."""
     P, Q = (
         as_inexact(tensor_of(part) if isinstance(part, np.ndarray) else part.detach())
         for part in (numerator, denominator)

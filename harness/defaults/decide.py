@@ -1,0 +1,386 @@
+"""Which config is the default: the whole decision, as functions of arrays of figures.
+
+A block is one (scenario, seed) pair; figures of two configs in one block were measured with equal data and
+seed. Nothing here trains, reads or writes: what is measured is decided in `confirm`, in which order the steps
+follow in `session`.
+
+    choose    which configs are worth confirming, by worst-scenario regret, then mean rank; ties go to the
+              current default, then to the cheaper config
+    on_cliff  whether a config stands where one step of one knob breaks it
+    confirm   whether the candidate takes the current default's place, on blocks that chose nothing
+    figure    a mean with its interval, for the report
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reports.evidence import Interval, improvement_chance, paired_difference
+from reports.metrics import Metric
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+DIFFERENCE, LOG_RATIO = "difference", "log_ratio"
+STEP, OPTION = "step", "option"
+_SMALLEST_SHARE = 1e-9  # of the middle figure: an error of 0 has no logarithm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the decision is made by.
+
+    level        of every interval, two-sided
+    resamples    of every bootstrap, drawn from `seed`
+    tie_margin   a config at most this much worse than the leader (at the upper bound) ties with it: a share of
+                 the error, or a difference of shares
+    cliff        a step that multiplies the error by more than this, and with every seed, is a cliff
+    kept_share   ... or that leaves less than this share of the coverage
+    """
+
+    level: float = 0.9
+    resamples: int = 1000
+    seed: int = 0
+    tie_margin: float = 0.01
+    cliff: float = 1.5
+    kept_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.level < 1.0:
+            raise ValueError(f"level must lie in (0, 1), got {self.level}")
+        if self.resamples < 100:
+            raise ValueError(f"resamples must be >= 100, got {self.resamples}")
+        if not self.tie_margin >= 0.0:
+            raise ValueError(f"tie_margin must be >= 0, got {self.tie_margin}")
+        if not self.cliff > 1.0:
+            raise ValueError(f"cliff must be > 1, got {self.cliff}")
+        if not 0.0 <= self.kept_share <= 1.0:
+            raise ValueError(f"kept_share must lie in [0, 1], got {self.kept_share}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """A figure in which the candidate must not fail; `margin` is what may be lost.
+
+    `compare` is "difference", or "log_ratio" with the margin as a ratio (1.05: five per cent worse).
+    `direction`: whether the better value is the "lower" or the "higher" one; of ratios it is the lower.
+    """
+
+    name: str
+    compare: str
+    margin: float
+    direction: str = "lower"
+
+    def __post_init__(self) -> None:
+        least = 1.0 if self.compare == LOG_RATIO else 0.0
+        if not least <= self.margin < math.inf:
+            raise ValueError(
+                f"the margin of {self.name} must be >= {least:g} "
+                f"({'a ratio' if least else 'a difference'}), got {self.margin}"
+            )
+
+    @property
+    def limit(self) -> float:
+        """The margin in the unit of harm."""
+        return math.log(self.margin) if self.compare == LOG_RATIO else self.margin
+
+
+@dataclass(frozen=True, slots=True)
+class GuardPairs:
+    """What both arms measured of a guarded figure in each block."""
+
+    guard: Guard
+    scenarios: Sequence[str]
+    current: Floats
+    candidate: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What came of one guard in one scenario; harm is how much worse the candidate is, in the guard's unit."""
+
+    guard: Guard
+    scenario: str
+    harm: Interval
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the choice stage came to.
+
+    challengers: configs that are worth confirming, the first one first; none where the current default leads
+    or ties. leader: the config with the least worst-scenario regret, None where no config is eligible. regret
+    (configs, scenarios), mean_rank and apart (the paired difference to the leader) are NaN or None for a
+    config that is not eligible. why: one sentence.
+    """
+
+    challengers: tuple[int, ...]
+    leader: int | None
+    tied: tuple[int, ...]
+    regret: Floats
+    mean_rank: Floats
+    apart: tuple[Interval | None, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """Whether the candidate takes the current default's place. chance: of being better in a block."""
+
+    change: bool
+    why: str
+    chance: Interval | None
+    apart: Interval | None
+    judged: tuple[Judged, ...] = ()
+    reasons: tuple[str, ...] = field(default=())
+
+
+def compare_of(metric: Metric) -> str:
+    """How two values of a metric are compared: shares by their difference, errors by their ratio."""
+    return DIFFERENCE if metric.unit == "share" else LOG_RATIO
+
+
+def scores_of(values: Floats, scenarios: Sequence[str], metric: Metric, reference: int) -> Floats:
+    """Figures (configs, blocks) as scores that compare across scenarios: lower is better, 0 is the reference.
+
+    A share's score is its difference to the reference's mean in the scenario, an error's the logarithm of its
+    ratio to the reference's geometric mean there; a figure that may be negative is divided by the reference's
+    mean size. Where the reference has no finite figure, the median over all configs stands for it. What is not
+    finite is NaN.
+    """
+    values = np.where(np.isfinite(values), values, np.nan)
+    scores = np.full(values.shape, np.nan)
+    names = np.asarray(scenarios)
+    for name in dict.fromkeys(scenarios):
+        block = values[:, names == name]
+        if not np.isfinite(block).any():
+            continue
+        own = block[reference] if np.isfinite(block[reference]).all() else np.nanmedian(block, axis=0)
+        own = own[np.isfinite(own)]
+        if compare_of(metric) == DIFFERENCE:
+            found = block - own.mean()
+        elif np.nanmin(block) >= 0.0:
+            floor = max(float(np.nanmedian(block)) * _SMALLEST_SHARE, np.finfo(np.float64).tiny)
+            found = np.log(np.maximum(block, floor)) - np.log(np.maximum(own, floor)).mean()
+        else:
+            found = (block - own.mean()) / max(float(np.abs(own).mean()), np.finfo(np.float64).tiny)
+        scores[:, names == name] = found if metric.direction == "lower" else -found
+    return scores
+
+
+def choose(
+    scores: Floats,
+    scenarios: Sequence[str],
+    *,
+    current: int,
+    eligible: Bools,
+    cost: Sequence[tuple[float, ...]],
+    rules: Rules,
+) -> Choice:
+    """Order the configs that are worth confirming, on scores (configs, blocks) as `scores_of` gives them.
+
+    `eligible`: which configs met their constraints in every block; a score of theirs is finite. `cost`
+    orders what ties, cheapest first.
+    """
+    configs, names = len(scores), np.asarray(scenarios)
+    kinds = list(dict.fromkeys(scenarios))
+    regret = np.full((configs, len(kinds)), np.nan)
+    mean_rank = np.full(configs, np.nan)
+    those = np.flatnonzero(eligible)
+    if not those.size:
+        return Choice((), None, (), regret, mean_rank, (None,) * configs, "no config met its constraints")
+    means = np.stack([scores[those][:, names == name].mean(axis=1) for name in kinds], axis=1)
+    regret[those] = means - means.min(axis=0)
+    below = (scores[those][:, None, :] > scores[those][None, :, :]).sum(axis=1)
+    level = (scores[those][:, None, :] == scores[those][None, :, :]).sum(axis=1)
+    mean_rank[those] = (below + (level + 1) / 2).mean(axis=1)
+
+    def order(index: int) -> tuple[Any, ...]:
+        return (regret[index].max(), mean_rank[index], index != current, cost[index], index)
+
+    leader = min(map(int, those), key=order)
+    apart = tuple(
+        _paired(scores[leader], scores[index], rules) if eligible[index] else None for index in range(configs)
+    )
+    tied = tuple(
+        index
+        for index, difference in enumerate(apart)
+        if index == leader or (difference is not None and difference.high <= rules.tie_margin)
+    )
+    if current in tied:
+        why = "the current default leads" if current == leader else "the current default ties with the leader"
+        return Choice((), leader, tied, regret, mean_rank, apart, f"{why} on the seeds of the choice")
+    by_cost = sorted(tied, key=lambda index: (cost[index], order(index)))
+    rest = [int(index) for index in sorted(set(map(int, those)) - set(tied), key=order)]
+    better = [
+        index
+        for index in (*by_cost, *rest)
+        if index != current
+        and (not eligible[current] or float((scores[index] - scores[current]).mean()) < 0.0)
+    ]
+    why = f"{len(better)} of {configs - 1} configs did better than the current default on the seeds of the choice"
+    return Choice(tuple(better), leader, tied, regret, mean_rank, apart, why)
+
+
+def on_cliff(
+    own: Floats,
+    neighbour: Floats,
+    *,
+    kind: str,
+    broken: str,
+    worthless: Bools,
+    own_worthless: Bools,
+    coverage: Floats,
+    own_coverage: Floats,
+    rules: Rules,
+) -> str:
+    """Say why a config stands on a cliff towards one neighbour; empty where it does not.
+
+    `own`, `own_coverage` and `own_worthless` are of all the config's trainings, the others of the neighbour's;
+    all of one scenario. `broken` says what went wrong with the neighbour (a failed or diverged training, a
+    non-finite value), which counts for every kind. That a step is worse counts only where each of its
+    trainings is worse than every one of the config, since trainings of one config differ as well: by more than
+    the rule's ratio on average, by losing most of the coverage, or by becoming `worthless` (no better than
+    abstaining everywhere). What another option of a choice costs is no cliff: nobody steps from one optimizer
+    to another by accident.
+    """
+    if broken:
+        return broken
+    if kind == OPTION or not neighbour.min() > own.max():
+        return ""
+    more = float(neighbour.mean() - own.mean())
+    if more > math.log(rules.cliff):
+        return f"the error is {math.exp(more):.3g} times as large"
+    if coverage.max() < rules.kept_share * own_coverage.min():
+        return f"coverage falls from {own_coverage.mean():.3g} to {coverage.mean():.3g}"
+    if np.all(worthless) and not np.any(own_worthless):
+        return "it is no better than abstaining everywhere"
+    return ""
+
+
+def confirm(
+    current: Floats,
+    candidate: Floats,
+    *,
+    guards: Sequence[GuardPairs] = (),
+    current_trouble: str = "",
+    candidate_trouble: str = "",
+    rules: Rules,
+) -> Confirmation:
+    """Decide on scores (blocks,) of both arms from seeds that chose nothing.
+
+    The candidate takes over when its chance to be better in a block has a lower bound above one half, and it
+    fails in no guarded figure in any scenario. One that broke a constraint never does; where the current
+    default broke one and the candidate did not, it does.
+    """
+    if candidate_trouble:
+        return Confirmation(False, f"the candidate broke a constraint: {candidate_trouble}", None, None)
+    if current_trouble:
+        return Confirmation(True, f"the current default broke a constraint: {current_trouble}", None, None)
+    chance = improvement_chance(
+        current, candidate, resamples=rules.resamples, seed=rules.seed, level=rules.level
+    )
+    apart = _paired(current, candidate, rules)
+    judged = tuple(result for pairs in guards for result in _judge(pairs, rules))
+    reasons = [
+        f"{result.guard.name} is worse in {result.scenario}: {_harm_text(result)}"
+        for result in judged
+        if result.failed
+    ]
+    if not chance.low > 0.5:
+        reasons.insert(
+            0,
+            f"the chance to be better is {chance.mean:.2f}, and its lower bound {chance.low:.2f} is not above "
+            "0.5",
+        )
+    if reasons:
+        return Confirmation(False, "; ".join(reasons), chance, apart, judged, tuple(reasons))
+    why = (
+        f"better than the current default with a chance of {chance.mean:.2f} (lower bound {chance.low:.2f}) "
+        f"over {chance.n} blocks, and worse in no guarded figure of any scenario"
+    )
+    return Confirmation(True, why, chance, apart, judged)
+
+
+def figure(values: Floats, *, level: float = 0.9) -> Interval:
+    """The mean with an interval that holds the true mean at least as often as `level` says.
+
+    It is Student's interval at half the error that is allowed: with few seeds and skewed figures the plain
+    one holds less than it says. One value, or one that is not finite, has no interval (NaN).
+    """
+    finite = np.asarray(values, dtype=np.float64)
+    mean = float(finite.mean()) if finite.size else math.nan
+    if finite.size < 2 or not np.isfinite(finite).all():
+        return Interval(mean, math.nan, math.nan, int(finite.size))
+    return _student(finite, 1.0 - (1.0 - level) / 2.0)
+
+
+def seeds_for_chance(
+    chance: float, blocks_per_seed: int, *, level: float = 0.9, most: int = 1000
+) -> int | None:
+    """How many seeds would show a chance of this size to be above one half; None where none up to `most` do."""
+    from scipy.stats import binom
+
+    for seeds in range(2, most + 1):
+        blocks = seeds * blocks_per_seed
+        if binom.ppf((1.0 - level) / 2.0, blocks, min(max(chance, 0.0), 1.0)) / blocks > 0.5:
+            return seeds
+    return None
+
+
+def _paired(base: Floats, other: Floats, rules: Rules) -> Interval:
+    return paired_difference(base, other, resamples=rules.resamples, seed=rules.seed, level=rules.level)
+
+
+def _judge(pairs: GuardPairs, rules: Rules) -> list[Judged]:
+    names = np.asarray(pairs.scenarios)
+    judged = []
+    for name in dict.fromkeys(pairs.scenarios):
+        current, candidate = pairs.current[names == name], pairs.candidate[names == name]
+        if not np.isfinite(current).any() and not np.isfinite(candidate).any():
+            continue  # a figure that this scenario does not have
+        if pairs.guard.compare == LOG_RATIO:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                harm = np.log(candidate) - np.log(current)
+                harm = np.where(candidate == current, 0.0, harm)
+        else:
+            harm = candidate - current if pairs.guard.direction == "lower" else current - candidate
+        # Where only the current default has no figure nothing is known to be lost; where only the candidate
+        # has none, all is.
+        harm = np.where(np.isnan(current) & ~np.isnan(candidate), 0.0, harm)
+        harm = np.where(np.isnan(candidate) & ~np.isnan(current), np.inf, harm)
+        harm = harm[~np.isnan(harm)]
+        if not np.isfinite(harm).all():
+            worst = math.inf if np.any(harm == np.inf) else -math.inf
+            found = Interval(worst, worst, worst, int(harm.size))
+        else:
+            found = (
+                _student(harm, rules.level)
+                if harm.size > 1
+                else Interval(float(harm[0]), -math.inf, math.inf, 1)
+            )
+        judged.append(Judged(pairs.guard, name, found, found.mean > pairs.guard.limit and found.low > 0.0))
+    return judged
+
+
+def _student(values: Floats, level: float) -> Interval:
+    from scipy.stats import t
+
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size)
+    half = float(t.ppf(0.5 + level / 2.0, values.size - 1)) * error
+    return Interval(mean, mean - half, mean + half, int(values.size))
+
+
+def _harm_text(result: Judged) -> str:
+    if not math.isfinite(result.harm.mean):
+        return "it has none"
+    if result.guard.compare == LOG_RATIO:
+        return f"{math.exp(result.harm.mean):.3g} times as large (at most {result.guard.margin:g} is allowed)"
+    return f"by {result.harm.mean:.3g} (at most {result.guard.margin:g} is allowed)"
