@@ -389,7 +389,9 @@ def make_trainer(
         val_batches = _batches(val, dtype, max(config.batch_size, _VALIDATION_ROWS), device, None)
     loss_fn = make_training_loss(config) if loss_fn is None else loss_fn
     around = Around(model, optimizer, batches, val_batches, seed, torch.device(device), loss_fn, symmetries)
-    training = make_training_config(config, seed=seed, device=device, val_loader=val_batches, log_hook=log_hook)
+    training = make_training_config(
+        config, seed=seed, device=device, val_loader=val_batches, log_hook=log_hook
+    )
     return SCMTrainer(
         model,
         optimizer,

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,15 +177,16 @@ def _export(found: Found, folder: Path) -> str:
     from trainables.exported import write_exported
 
     held = found.threshold
-    if held is None or not held.models:
-        why = "it was not calibrated" if held is None else held.why_not
+    if held is None or held.record is None:
+        why = "its threshold was not calibrated" if held is None else held.why_not
         raise UserError(f"no model was exported: {why}")
-    seed, (trained, record) = next(iter(held.models.items()))
+    seed, trained = next(iter(held.models.items()))
+    config = {**trained.config, "tau_infer": held.record.tau_infer}
     try:
-        write_exported(folder, trained, record)
+        write_exported(folder, replace(trained, config=config), held.record)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
-    return f"exported to {folder}: seed {seed}, tau_infer {record.tau_infer:.4g} of its own held-back rows"
+    return f"exported to {folder}: the model of seed {seed}, with tau_infer {held.record.tau_infer:.4g}"
 
 
 def _check_out(out: Path, export: Path | None) -> None:

@@ -44,13 +44,15 @@ _NEEDED = ("charged_error", "trivial_error", "coverage", "nan_count", "data_dige
 class Candidate:
     """A config under consideration: full, with its identity in the run's scenario.
 
-    rank: in the run's leaderboard, None for one that is not in it. origin: where it comes from.
+    rank: in the run's leaderboard, None for one that is not in it. origin: where it comes from. prior: what
+    the run said of it, its mean objective, signed so that lower is better; infinite where the run said nothing.
     """
 
     config_id: str
     config: Mapping[str, Any]
     rank: int | None
     origin: str
+    prior: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def find_candidates(folder: Path, *, top: int, current: Path | None, objective: 
     places = {entry["config_id"]: entry["rank"] for entry in ranked}
     held = [Candidate(named, config, places.get(named), origin)]
     held += [
-        Candidate(entry["config_id"], config_of_entry(entry), entry["rank"], why)
+        Candidate(entry["config_id"], config_of_entry(entry), entry["rank"], why, _mean(entry, objective))
         for entry, why in _best(feasible, objective)
         if entry["config_id"] != named
     ][:top]
@@ -180,19 +182,20 @@ def _best(feasible: Sequence[Mapping[str, Any]], objective: Metric) -> list[tupl
 
     The leaderboard weighs what the objective does not, and may have its best config far down.
     """
-    sign = 1.0 if objective.direction == "lower" else -1.0
-
-    def mean(entry: Mapping[str, Any]) -> float:
-        value = entry.get(f"{objective.name}_mean")
-        return sign * value if isinstance(value, float) and math.isfinite(value) else math.inf
-
     worth = [entry for entry in feasible if entry["beats_abstaining"] is not False]
-    by_objective = sorted(worth, key=mean)
+    by_objective = sorted(worth, key=lambda entry: _mean(entry, objective))
     best: dict[str, tuple[Mapping[str, Any], str]] = {}
     for place, (first, second) in enumerate(zip(worth, by_objective, strict=True), 1):
         best.setdefault(first["config_id"], (first, f"rank {first['rank']} of the run"))
         best.setdefault(second["config_id"], (second, f"number {place} of the run by {objective.name}"))
     return list(best.values())
+
+
+def _mean(entry: Mapping[str, Any], objective: Metric) -> float:
+    value = entry.get(f"{objective.name}_mean")
+    if not isinstance(value, float) or not math.isfinite(value):
+        return math.inf
+    return value if objective.direction == "lower" else -value
 
 
 def _check_data(folder: Path, plan: Plan, rows: pa.Table) -> dict[int, str]:

@@ -39,6 +39,15 @@ class Measured:
         """The scenario of each block."""
         return [scenario for scenario, _ in self.blocks]
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of all blocks, each once."""
+        return list(dict.fromkeys(seed for _, seed in self.blocks))
+
+    def joined(self, more: Measured) -> Measured:
+        """These and further blocks of the same configs."""
+        return Measured(self.configs, (*self.blocks, *more.blocks), {**self.outcomes, **more.outcomes})
+
     def figures(self, name: str) -> Floats:
         """One column of the outcomes, (configs, blocks), NaN where it is missing."""
         return np.array(

@@ -5,17 +5,17 @@ seed. Nothing here trains, reads or writes: what is measured is decided in `conf
 follow in `session`.
 
     choose    which configs are worth confirming, by worst-scenario regret, then mean rank; ties go to the
-              current default, then to the cheaper config
+              current default, what the seeds do not tell apart goes by the run's order, equals by cost
     on_cliff  whether a config stands where one step of one knob breaks it
     confirm   whether the candidate takes the current default's place, on blocks that chose nothing
-    figure    a mean with its interval, for the report
+    figure    a median over seeds with its interval, for the report
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Rules:
     """What the decision is made by.
 
     level        of every interval, two-sided
+    looks        how often the confirmation may look, and at how many times its seeds; the looks share the error
+                 that `level` allows
     resamples    of every bootstrap, drawn from `seed`
     tie_margin   a config at most this much worse than the leader (at the upper bound) ties with it: a share of
                  the error, or a difference of shares
@@ -45,6 +47,7 @@ class Rules:
     """
 
     level: float = 0.9
+    looks: tuple[int, ...] = (1, 2, 4)
     resamples: int = 1000
     seed: int = 0
     tie_margin: float = 0.01
@@ -54,6 +57,8 @@ class Rules:
     def __post_init__(self) -> None:
         if not 0.0 < self.level < 1.0:
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
+        if not self.looks or self.looks[0] < 1 or list(self.looks) != sorted(set(self.looks)):
+            raise ValueError(f"looks must grow from 1 or more, got {self.looks}")
         if self.resamples < 100:
             raise ValueError(f"resamples must be >= 100, got {self.resamples}")
         if not self.tie_margin >= 0.0:
@@ -62,6 +67,11 @@ class Rules:
             raise ValueError(f"cliff must be > 1, got {self.cliff}")
         if not 0.0 <= self.kept_share <= 1.0:
             raise ValueError(f"kept_share must lie in [0, 1], got {self.kept_share}")
+
+    @property
+    def look_level(self) -> float:
+        """The level of the interval that decides at each look."""
+        return 1.0 - (1.0 - self.level) / len(self.looks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +142,32 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """Whether the candidate takes the current default's place. chance: of being better in a block."""
+    """Whether the candidate takes the current default's place. chance: of being better in a block.
+
+    open: nothing speaks against the candidate but that there are too few blocks, so that more may decide.
+    """
 
     change: bool
+    open: bool
     why: str
     chance: Interval | None
     apart: Interval | None
     judged: tuple[Judged, ...] = ()
-    reasons: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure over n seeds: the median with its interval, and the mean beside it.
+
+    What is not finite counts as worse than anything, and the mean is then NaN.
+    """
+
+    median: float
+    low: float
+    high: float
+    mean: float
+    n: int
+    not_finite: int = 0
 
 
 def compare_of(metric: Metric) -> str:
@@ -181,20 +209,25 @@ def choose(
     *,
     current: int,
     eligible: Bools,
+    prior: Sequence[float],
     cost: Sequence[tuple[float, ...]],
     rules: Rules,
 ) -> Choice:
     """Order the configs that are worth confirming, on scores (configs, blocks) as `scores_of` gives them.
 
-    `eligible`: which configs met their constraints in every block; a score of theirs is finite. `cost`
-    orders what ties, cheapest first.
+    `eligible`: which configs met their constraints in every block; a score of theirs is finite. The leader has
+    the least regret in its worst scenario. A config that is at most the tie margin behind it ties, and if the
+    current default does, nothing is worth confirming. Of those that the seeds do not tell apart from the
+    leader the first is that with the best `prior` (what the run said, lower is better: of many nearly equal
+    configs the one that led by luck here is no better a guess); of those that tie with it, the cheapest. The
+    others follow, in the order of the prior, then of regret.
     """
     configs, names = len(scores), np.asarray(scenarios)
     kinds = list(dict.fromkeys(scenarios))
     regret = np.full((configs, len(kinds)), np.nan)
     mean_rank = np.full(configs, np.nan)
-    those = np.flatnonzero(eligible)
-    if not those.size:
+    those = [int(index) for index in np.flatnonzero(eligible)]
+    if not those:
         return Choice((), None, (), regret, mean_rank, (None,) * configs, "no config met its constraints")
     means = np.stack([scores[those][:, names == name].mean(axis=1) for name in kinds], axis=1)
     regret[those] = means - means.min(axis=0)
@@ -202,31 +235,34 @@ def choose(
     level = (scores[those][:, None, :] == scores[those][None, :, :]).sum(axis=1)
     mean_rank[those] = (below + (level + 1) / 2).mean(axis=1)
 
-    def order(index: int) -> tuple[Any, ...]:
+    def by_regret(index: int) -> tuple[Any, ...]:
         return (regret[index].max(), mean_rank[index], index != current, cost[index], index)
 
-    leader = min(map(int, those), key=order)
+    leader = min(those, key=by_regret)
     apart = tuple(
         _paired(scores[leader], scores[index], rules) if eligible[index] else None for index in range(configs)
     )
-    tied = tuple(
-        index
-        for index, difference in enumerate(apart)
-        if index == leader or (difference is not None and difference.high <= rules.tie_margin)
-    )
+    tied = tuple(index for index in those if index == leader or _high(apart[index]) <= rules.tie_margin)
     if current in tied:
         why = "the current default leads" if current == leader else "the current default ties with the leader"
         return Choice((), leader, tied, regret, mean_rank, apart, f"{why} on the seeds of the choice")
-    by_cost = sorted(tied, key=lambda index: (cost[index], order(index)))
-    rest = [int(index) for index in sorted(set(map(int, those)) - set(tied), key=order)]
     better = [
         index
-        for index in (*by_cost, *rest)
-        if index != current
-        and (not eligible[current] or float((scores[index] - scores[current]).mean()) < 0.0)
+        for index in those
+        if not eligible[current] or float((scores[index] - scores[current]).mean()) < 0.0
     ]
-    why = f"{len(better)} of {configs - 1} configs did better than the current default on the seeds of the choice"
-    return Choice(tuple(better), leader, tied, regret, mean_rank, apart, why)
+    alike = [index for index in better if index in tied or _low(apart[index]) <= 0.0]
+    alike.sort(key=lambda index: (prior[index], by_regret(index)))
+    equal = [
+        index
+        for index in alike
+        if index == alike[0] or _paired(scores[alike[0]], scores[index], rules).high <= rules.tie_margin
+    ]
+    equal.sort(key=lambda index: (cost[index], alike.index(index)))
+    rest = sorted(set(better) - set(alike), key=by_regret)
+    order = (*equal[:1], *(index for index in alike if index not in equal[:1]), *rest)
+    told = f"{len(better)} of {configs - 1} configs did better than the current default"
+    return Choice(order, leader, tied, regret, mean_rank, apart, f"{told} on the seeds of the choice")
 
 
 def on_cliff(
@@ -274,52 +310,70 @@ def confirm(
     candidate_trouble: str = "",
     rules: Rules,
 ) -> Confirmation:
-    """Decide on scores (blocks,) of both arms from seeds that chose nothing.
+    """Decide on scores (blocks,) of both arms from seeds that chose nothing; the blocks of all looks so far.
 
-    The candidate takes over when its chance to be better in a block has a lower bound above one half, and it
-    fails in no guarded figure in any scenario. One that broke a constraint never does; where the current
-    default broke one and the candidate did not, it does.
+    The candidate takes over when its chance to be better in a block has a lower bound above one half, at the
+    level of a look, and it fails in no guarded figure in any scenario. One that broke a constraint never
+    does; where the current default broke one and the candidate did not, it does.
     """
     if candidate_trouble:
-        return Confirmation(False, f"the candidate broke a constraint: {candidate_trouble}", None, None)
+        why = f"the candidate broke a constraint: {candidate_trouble}"
+        return Confirmation(False, False, why, None, None)
     if current_trouble:
-        return Confirmation(True, f"the current default broke a constraint: {current_trouble}", None, None)
+        why = f"the current default broke a constraint, and the candidate none: {current_trouble}"
+        return Confirmation(True, False, why, None, None)
     chance = improvement_chance(
-        current, candidate, resamples=rules.resamples, seed=rules.seed, level=rules.level
+        current, candidate, resamples=rules.resamples, seed=rules.seed, level=rules.look_level
     )
     apart = _paired(current, candidate, rules)
     judged = tuple(result for pairs in guards for result in _judge(pairs, rules))
-    reasons = [
+    failed = [
         f"{result.guard.name} is worse in {result.scenario}: {_harm_text(result)}"
         for result in judged
         if result.failed
     ]
-    if not chance.low > 0.5:
-        reasons.insert(
-            0,
-            f"the chance to be better is {chance.mean:.2f}, and its lower bound {chance.low:.2f} is not above "
-            "0.5",
-        )
-    if reasons:
-        return Confirmation(False, "; ".join(reasons), chance, apart, judged, tuple(reasons))
-    why = (
-        f"better than the current default with a chance of {chance.mean:.2f} (lower bound {chance.low:.2f}) "
-        f"over {chance.n} blocks, and worse in no guarded figure of any scenario"
-    )
-    return Confirmation(True, why, chance, apart, judged)
+    shown = chance.low > 0.5
+    bound = f"a chance of {chance.mean:.2f} (lower bound {chance.low:.2f}) over {chance.n} blocks"
+    if shown and not failed:
+        why = f"better than the current default with {bound}, and worse in no guarded figure of any scenario"
+        return Confirmation(True, False, why, chance, apart, judged)
+    reasons = failed if shown else [f"better than the current default with {bound}: not above 0.5", *failed]
+    is_open = not failed and chance.mean > 0.5
+    return Confirmation(False, is_open, "; ".join(reasons), chance, apart, judged)
 
 
-def figure(values: Floats, *, level: float = 0.9) -> Interval:
-    """The mean with an interval that holds the true mean at least as often as `level` says.
+def figure(values: Floats, *, level: float = 0.9) -> Figure:
+    """The median over seeds, with the narrowest pair of seeds' values that holds the true median this often.
 
-    It is Student's interval at half the error that is allowed: with few seeds and skewed figures the plain
-    one holds less than it says. One value, or one that is not finite, has no interval (NaN).
+    The pair is that of the sign test: it holds its level whatever the figures' distribution, where an interval
+    of the mean misses the rare training that goes wrong. Fewer than five seeds do not suffice for 90 %, and
+    have no interval (NaN).
+
+    >>> figure(np.array([3.0, 1.0, 2.0, 5.0, 4.0]))
+    Figure(median=3.0, low=1.0, high=5.0, mean=3.0, n=5, not_finite=0)
     """
-    finite = np.asarray(values, dtype=np.float64)
-    mean = float(finite.mean()) if finite.size else math.nan
-    if finite.size < 2 or not np.isfinite(finite).all():
-        return Interval(mean, math.nan, math.nan, int(finite.size))
-    return _student(finite, 1.0 - (1.0 - level) / 2.0)
+    held = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(held)
+    ordered = np.sort(np.where(finite, held, np.inf))
+    n, broken = int(held.size), int((~finite).sum())
+    if not n:
+        return Figure(math.nan, math.nan, math.nan, math.nan, 0)
+    mean = math.nan if broken else float(held.mean())
+    middle = [float(ordered[(n - 1) // 2]), float(ordered[n // 2])]
+    out = _outside(n, level)
+    low, high = (math.nan, math.nan) if out is None else (float(ordered[out]), float(ordered[n - 1 - out]))
+    return Figure(0.5 * (middle[0] + middle[1]), low, high, mean, n, broken)
+
+
+def _outside(n: int, level: float) -> int | None:
+    """How many of n values may lie on either side of an interval for the median; None where not even 0 do."""
+    below, out = 0.0, None
+    for count in range(n // 2 + 1):
+        below += math.comb(n, count) / 2.0**n
+        if below > (1.0 - level) / 2.0:
+            break
+        out = count
+    return out
 
 
 def seeds_for_chance(
@@ -337,6 +391,14 @@ def seeds_for_chance(
 
 def _paired(base: Floats, other: Floats, rules: Rules) -> Interval:
     return paired_difference(base, other, resamples=rules.resamples, seed=rules.seed, level=rules.level)
+
+
+def _high(interval: Interval | None) -> float:
+    return math.inf if interval is None else interval.high
+
+
+def _low(interval: Interval | None) -> float:
+    return math.inf if interval is None else interval.low
 
 
 def _judge(pairs: GuardPairs, rules: Rules) -> list[Judged]:
@@ -373,7 +435,8 @@ def _judge(pairs: GuardPairs, rules: Rules) -> list[Judged]:
 def _student(values: Floats, level: float) -> Interval:
     from scipy.stats import t
 
-    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size)
+    scale = float(np.abs(values).max()) or 1.0  # the square of an error of 1e200 is no number
+    mean, error = float(values.mean()), scale * float((values / scale).std(ddof=1)) / math.sqrt(values.size)
     half = float(t.ppf(0.5 + level / 2.0, values.size - 1)) * error
     return Interval(mean, mean - half, mean + half, int(values.size))
 

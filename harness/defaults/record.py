@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from harness.defaults import neighbours, session, threshold
 from harness.defaults.candidates import Candidate
+from harness.defaults.confirm import Measured
 from harness.defaults.decide import LOG_RATIO, Floats, Guard, compare_of, figure, seeds_for_chance
 from harness.defaults.session import Around, Found, Tried
 from reports.evidence import Interval
@@ -40,7 +42,7 @@ _FLOW = 96  # a mapping or list of plain values that is no longer than this stan
 def make_record(found: Found, *, commands: Sequence[str]) -> dict[str, Any]:
     """The whole file as plain values: schema, config, task, decision."""
     assert found.chosen is not None
-    plan = found.candidates.plan
+    plan, told = found.candidates.plan, figures(found)
     return {
         "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
         "config": dict(found.chosen.config),
@@ -51,7 +53,8 @@ def make_record(found: Found, *, commands: Sequence[str]) -> dict[str, Any]:
             "config_id": found.chosen.config_id,
             "current": _current(found),
             "changes": _changes(found.candidates.current, found.chosen),
-            "figures": figures(found),
+            "figures": told,
+            "warnings": _warnings(told),
             "would_change": would_change(found),
             "rule": rule(found),
             "scenarios": _scenarios(found),
@@ -128,9 +131,12 @@ def rule(found: Found) -> list[str]:
         f"did where it was chosen, on {100 * threshold.HELD_BACK:g} % of the training rows, held back from "
         f"{session.CALIBRATION_SEEDS} trainings; it is at most tau_train_min.",
         f"Changed only when, on seeds that chose nothing, the chance to be better in a (scenario, seed) block has "
-        f"a lower {percent} bound above 0.5, and no scenario fails: {guards}. A figure fails where its mean harm "
+        f"a lower {percent} bound above 0.5 (up to "
+        f"{len(rules.looks)} looks at {', '.join(str(look) for look in rules.looks)} times the seeds share its error), "
+        f"and no scenario fails: {guards}. A figure fails where its mean harm "
         f"is beyond the margin and the {percent} interval of the harm lies above 0.",
-        "Reported are test figures of further seeds, which decided nothing.",
+        f"Reported are test figures of further seeds, which decided nothing: the median with its {percent} interval "
+        "(of the sign test, which holds for figures of any distribution), and the mean.",
     ]
 
 
@@ -140,28 +146,37 @@ def figures(found: Found) -> dict[str, Any]:
     assert measured is not None and chosen is not None
     names = dict.fromkeys([found.request.objective.name, *FIGURES])
     told: dict[str, Any] = {}
-    scenarios = np.asarray(measured.scenarios)
+    scenarios, level = np.asarray(measured.scenarios), found.request.rules.level
     for scenario in found.scenarios:
         here = scenarios == scenario.name
-        of_scenario: dict[str, Any] = (
-            {"broken": measured.trouble(chosen.config_id, ())}
-            if measured.trouble(chosen.config_id, ())
-            else {}
-        )
+        of_scenario: dict[str, Any] = {}
+        if broken := _broken_in(measured, chosen.config_id, scenario.name):
+            of_scenario["broken"] = broken
         for name in names:
             values = measured.figures(test_name(name))[:, here]
             if not np.isfinite(values).any():
                 continue
-            entry: dict[str, Any] = {"default": _interval(figure(values[0], level=found.request.rules.level))}
+            entry = {"default": _figure(values[0], level)}
             if len(values) > 1:
-                entry["current"] = _interval(figure(values[1], level=found.request.rules.level))
-                entry["difference"] = _interval(
-                    figure(values[0] - values[1], level=found.request.rules.level)
-                )
+                entry["current"] = _figure(values[1], level)
+                entry["difference"] = _figure(values[0] - values[1], level)
             of_scenario[name] = entry
         of_scenario["trivial_error"] = _plain(float(measured.figures("test_trivial_error")[0, here].mean()))
         told[scenario.name] = of_scenario
     return told
+
+
+def _figure(values: Floats, level: float) -> dict[str, Any]:
+    """A figure over seeds as plain values."""
+    found = figure(values, level=level)
+    told: dict[str, Any] = {name: _plain(getattr(found, name)) for name in ("median", "low", "high", "mean")}
+    told["n"] = found.n
+    return {**told, "not_finite": found.not_finite} if found.not_finite else told
+
+
+def _broken_in(measured: Measured, config: str, scenario: str) -> str:
+    blocks = tuple(block for block in measured.blocks if block[0] == scenario)
+    return replace(measured, blocks=blocks).trouble(config, ())
 
 
 def test_name(name: str) -> str:
@@ -181,14 +196,15 @@ def would_change(found: Found) -> list[str]:
     if confirmation is not None and confirmation.chance is not None:
         chance = confirmation.chance
         if confirmation.change:
-            lost = _losses_to_flip(chance, rules.level)
+            lost = _losses_to_flip(chance, rules.look_level)
             told.append(
                 f"had {lost} more of the {chance.n} blocks gone to the current default, it would have stayed"
             )
         elif not chance.low > 0.5:
-            needed = seeds_for_chance(chance.mean, per_seed, level=rules.level)
+            needed = seeds_for_chance(chance.mean, per_seed, level=rules.look_level)
             told.append(
-                f"at a chance of {chance.mean:.2f}, --seeds {needed} would be enough to show it"
+                f"at a chance of {chance.mean:.2f}, about {needed} seeds would show it "
+                f"(--seeds {math.ceil(needed / rules.looks[-1])} looks at as many)"
                 if needed is not None and chance.mean > 0.5
                 else f"a chance above 0.5: it is {chance.mean:.2f}, and more seeds alone do not raise it"
             )
@@ -232,7 +248,9 @@ def summary_lines(found: Found) -> list[str]:
         shown = [f"{knob} {_value(old)} -> {_value(new)}" for knob, (old, new) in changes.items()]
         lines.append(f"  {'; '.join(shown[:8])}" + (f"; and {len(shown) - 8} more" if len(shown) > 8 else ""))
     level = f"{100 * found.request.rules.level:g} % interval"
-    lines.append(f"test figures of {len(found.seeds.report)} seeds that decided nothing ({level}):")
+    lines.append(
+        f"test figures, medians over {len(found.seeds.report)} seeds that decided nothing ({level}):"
+    )
     for scenario, told in record.items():
         for name in dict.fromkeys([found.request.objective.name, "coverage"]):
             if name not in told:
@@ -240,9 +258,28 @@ def summary_lines(found: Found) -> list[str]:
             entry = told[name]
             text = f"  {scenario}  {name}  {_told(entry['default'])}"
             lines.append(text + (f", was {_told(entry['current'])}" if "current" in entry else ""))
-    if found.threshold is not None and found.threshold.record is not None and found.changed:
-        lines.append(f"tau_infer frozen at {found.threshold.record.tau_infer:.4g} on held-back rows")
+    lines += [f"  {line}" for line in _warnings(record)]
+    held = found.threshold
+    if held is not None and held.record is None:
+        lines.append(f"tau_infer is the config's own, not calibrated: {held.why_not}")
+    elif held is not None and held.record is not None and found.changed:
+        lines.append(f"tau_infer frozen at {held.record.tau_infer:.4g} on held-back rows")
     lines += [f"note: {note}" for note in (*found.candidates.notes, found.held_out)]
+    return lines
+
+
+def _warnings(told: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures must not overlook."""
+    lines = []
+    for scenario, entry in told.items():
+        if "broken" in entry:
+            lines.append(f"{scenario}  broken: {entry['broken']}")
+        charged = entry.get("charged_error", {}).get("default", {}).get("median")
+        if charged is not None and entry["trivial_error"] is not None and charged >= entry["trivial_error"]:
+            trivial = f"{entry['trivial_error']:.4g}"
+            lines.append(
+                f"{scenario}  no better than abstaining everywhere, which has a charged_error of {trivial}"
+            )
     return lines
 
 
@@ -298,6 +335,7 @@ def _confirmation(found: Found) -> dict[str, Any] | None:
     assert found.candidate is not None
     told: dict[str, Any] = {"candidate": found.candidate.config_id, "takes_over": confirmation.change}
     if confirmation.chance is not None and confirmation.apart is not None:
+        told["seeds"] = confirmation.chance.n // len(found.scenarios)
         told["chance_to_be_better"] = _interval(confirmation.chance)
         told["difference"] = _interval(confirmation.apart)
         told["difference_is"] = _unit(found)
@@ -440,12 +478,12 @@ def _plain(value: float | None) -> Any:
     return float(f"{value:.{DIGITS}g}")
 
 
-def _told(interval: Mapping[str, Any]) -> str:
-    if interval["mean"] is None:
-        return "-"
-    if interval["low"] is None:
-        return f"{interval['mean']:.4g}"
-    return f"{interval['mean']:.4g} [{interval['low']:.4g}, {interval['high']:.4g}]"
+def _told(figure: Mapping[str, Any]) -> str:
+    broken = f" (not finite in {figure['not_finite']} of {figure['n']})" if "not_finite" in figure else ""
+    if figure["median"] is None:
+        return f"-{broken}"
+    low, high = ("-" if figure[side] is None else f"{figure[side]:.4g}" for side in ("low", "high"))
+    return f"{figure['median']:.4g} [{low}, {high}]{broken}"
 
 
 def _value(value: Any) -> str:

@@ -40,7 +40,7 @@ from trainables.configs import resolve_config
 LEAST_SEEDS = 5
 CHOICE_SEEDS = 5
 NEIGHBOUR_SEEDS = 2
-CALIBRATION_SEEDS = 3
+CALIBRATION_SEEDS = 5
 CHALLENGERS = 3
 """How many configs are looked around at, and perhaps found on a cliff, before the current default stays."""
 CHOICE_ROUNDS, CONFIRM_ROUNDS = 7, 15
@@ -142,10 +142,10 @@ class Found:
         return self.confirmation is not None and self.confirmation.change
 
 
-def fresh_seeds(run: Sequence[int], count: int) -> Seeds:
-    """Seeds for every stage, counted on from above those of the run."""
+def fresh_seeds(run: Sequence[int], count: int, looks: int) -> Seeds:
+    """Seeds for every stage, counted on from above those of the run; `looks` times as many to confirm with."""
     first = max(run) + 1
-    sizes = (CHOICE_SEEDS, CALIBRATION_SEEDS, count, count)
+    sizes = (CHOICE_SEEDS, CALIBRATION_SEEDS, count * looks, count)
     starts = np.cumsum([first, *sizes]).tolist()
     parts = [tuple(range(start, start + size)) for start, size in zip(starts, sizes, strict=False)]
     return Seeds(tuple(run), *parts)
@@ -162,7 +162,7 @@ def find_default(request: Request, say: Say) -> Found:
     candidates = find_candidates(
         request.run, top=request.top, current=request.current, objective=request.objective
     )
-    seeds = fresh_seeds(candidates.run_seeds, request.seeds)
+    seeds = fresh_seeds(candidates.run_seeds, request.seeds, request.rules.looks[-1])
     held_out, sentence = find_held_out(candidates.plan, request.holdout, seeds.choice)
     scenarios = (run_scenario(candidates.plan), *held_out)
     found = _choose(request, candidates, scenarios, sentence, seeds, say)
@@ -214,7 +214,10 @@ def _choose(
         (_parameters(measured, name), round(float(np.log(max(np.nanmedian(times[name]), 1e-9))), 1))
         for name in configs
     ]
-    choice = choose(scores, measured.scenarios, current=0, eligible=worth, cost=cost, rules=request.rules)
+    prior = [one.prior for one in candidates.held]
+    choice = choose(
+        scores, measured.scenarios, current=0, eligible=worth, prior=prior, cost=cost, rules=request.rules
+    )
     return Found(request, candidates, scenarios, held_out, seeds, choice, measured, scores, troubles, times)
 
 
@@ -311,13 +314,11 @@ def _calibrate(found: Found, candidate: Candidate, say: Say) -> None:
 
 
 def _confirm(found: Found, say: Say) -> None:
+    """Look at more and more seeds of both arms until it is decided, or the last look is taken."""
     request, current, candidate = found.request, found.candidates.current, found.candidate
     assert candidate is not None
     configs = {current.config_id: current.config, candidate.config_id: candidate.config}
-    measured = measure(
-        configs, found.scenarios, found.seeds.confirmation, device=request.device, say=say, what="confirming"
-    )
-    times = measure_step_times(
+    found.confirm_times = measure_step_times(
         configs,
         found.scenarios[0],
         found.seeds.confirmation[0],
@@ -325,14 +326,30 @@ def _confirm(found: Found, say: Say) -> None:
         device=request.device,
         say=say,
     )
-    found.confirmed_in, found.confirm_times = measured, times
-    needed = (request.objective.name,)
-    troubles = [measured.trouble(name, needed) for name in configs]
-    scores = scores_of(measured.figures(request.objective.name), measured.scenarios, request.objective, 0)
-    found.confirmation = confirm(
+    for look in request.rules.looks:
+        seen = 0 if found.confirmed_in is None else len(found.confirmed_in.seeds)
+        more = measure(
+            configs,
+            found.scenarios,
+            found.seeds.confirmation[seen : look * request.seeds],
+            device=request.device,
+            say=say,
+            what="confirming",
+        )
+        found.confirmed_in = more if found.confirmed_in is None else found.confirmed_in.joined(more)
+        found.confirmation = _decide(found, found.confirmed_in)
+        if not found.confirmation.open:
+            return
+
+
+def _decide(found: Found, measured: Measured) -> Confirmation:
+    request, objective = found.request, found.request.objective
+    troubles = [measured.trouble(name, (objective.name,)) for name in measured.configs]
+    scores = scores_of(measured.figures(objective.name), measured.scenarios, objective, 0)
+    return confirm(
         scores[0],
         scores[1],
-        guards=[_pairs(found, guard, measured, times) for guard in request.guards],
+        guards=[_pairs(found, guard, measured, found.confirm_times) for guard in request.guards],
         current_trouble=troubles[0],
         candidate_trouble=troubles[1],
         rules=request.rules,

@@ -33,15 +33,15 @@ LEAST_ROWS = 20
 class Threshold:
     """A frozen threshold, or why there is none.
 
-    record: over all models together. models: by seed, each trained without its held-back rows, with the record
-    of its own threshold.
+    record: over the held-back rows of all models together; a single model's would be too few on a small
+    table. models: by seed, each trained without its own held-back rows.
     """
 
     record: CalibrationRecord | None
     why_not: str = ""
     max_false_reject: float | None = None
     seeds: tuple[int, ...] = ()
-    models: Mapping[int, tuple[Trained, CalibrationRecord]] = field(default_factory=dict)
+    models: Mapping[int, Trained] = field(default_factory=dict)
 
 
 def freeze_threshold(
@@ -95,17 +95,13 @@ def freeze_threshold(
         "tau_max": float(config["tau_train_min"]),
         "tau_min": min(1e-12, float(config["tau_train_min"])),
     }
-    digests = {seed: model.splits[CALIBRATION].digest() for seed, model in models.items()}
-    together = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+    digests = "".join(model.splits[CALIBRATION].digest() for model in models.values())
+    together = hashlib.sha256(digests.encode()).hexdigest()
     try:
         record = calibrate(q_abs, in_range, data_hash=together, **asked)
-        own = {
-            seed: (models[seed], calibrate(q, has_value, data_hash=digests[seed], **asked))
-            for seed, (q, has_value, _) in found.items()
-        }
     except (CalibrationError, ValueError) as error:
         return none(one_line(error))
     for model in models.values():
         for name in ("val", "test"):
             record.check_not_reported_on(name, model.splits[name].digest())
-    return Threshold(record, "", bound, tuple(seeds), own)
+    return Threshold(record, "", bound, tuple(seeds), models)
