@@ -81,9 +81,9 @@ def read_exported(
     """Read what `write_exported` wrote; the task builds the model, so its data must be there.
 
     `base_dir`: the folder that the task's relative paths start from, where it is another than at the export.
-    Raises FileNotFoundError; CheckpointError for weights that are damaged, changed, of another kind or version,
-    not of this record, or of other shapes than the model that the task builds now; CalibrationError for a
-    record that was changed; and whatever the task raises.
+    Raises FileNotFoundError; CheckpointError for weights that are damaged, changed, of another kind or
+    version, not of this record, or of other shapes than the model that the task builds now; CalibrationError
+    for a record that was changed; and whatever the task raises.
     """
     source = Path(folder)
     for name in (MODEL_FILE, RECORD_FILE):
@@ -106,7 +106,7 @@ def read_exported(
 
 def _read_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:

@@ -56,8 +56,8 @@ def make_parser() -> CommandParser:
         action="append",
         default=[],
         metavar="PLAN.yaml",
-        help="a plan whose task is the held-out scenario (may be repeated), or none; without it the task deals "
-        "or draws other data",
+        help="a plan whose task is the held-out scenario (may be repeated), or none; without it the task "
+        "deals or draws other data",
     )
     add("--by", default=OBJECTIVE, metavar="METRIC", help=f"the error that decides (default {OBJECTIVE})")
     add(
@@ -73,8 +73,8 @@ def make_parser() -> CommandParser:
         "--max-false-reject",
         type=_share,
         metavar="SHARE",
-        help="of rows with a value, what the frozen tau_infer may reject (default: what the config rejected on "
-        "validation rows)",
+        help="of rows with a value, what the frozen tau_infer may reject (default: what the config rejected "
+        "on validation rows)",
     )
     add(
         "--export", type=Path, metavar="FOLDER", help="write a model of the default with its frozen threshold"
@@ -140,8 +140,8 @@ def parse_objective(text: str) -> Metric:
         raise UserError(f"--by: {error}", EXIT_BAD_INPUT) from None
     if not (metric.name in _OF_BOTH_SPLITS or metric.name.startswith("metric.")):
         raise UserError(
-            f"--by: the metric must be measured on the validation and the test split ({', '.join(_OF_BOTH_SPLITS)}, "
-            f"or a task's own, as in metric.hits:higher), got {text!r}"
+            "--by: the metric must be measured on the validation and the test split "
+            f"({', '.join(_OF_BOTH_SPLITS)}, or a task's own, as in metric.hits:higher), got {text!r}"
         )
     return metric
 

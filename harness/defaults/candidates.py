@@ -45,7 +45,8 @@ class Candidate:
     """A config under consideration: full, with its identity in the run's scenario.
 
     rank: in the run's leaderboard, None for one that is not in it. origin: where it comes from. prior: what
-    the run said of it, its mean objective, signed so that lower is better; infinite where the run said nothing.
+    the run said of it, its mean objective, signed so that lower is better; infinite where the run said
+    nothing.
     """
 
     config_id: str
@@ -171,8 +172,8 @@ def _lacking(
         )
     if all(entry["beats_abstaining"] is False for entry in feasible):
         lacking.append(
-            f"a config worth anything: none of the {len(feasible)} feasible ones answers better than abstaining "
-            "everywhere would"
+            f"a config worth anything: none of the {len(feasible)} feasible ones answers better than "
+            "abstaining everywhere would"
         )
     return lacking
 
@@ -209,8 +210,8 @@ def _check_data(folder: Path, plan: Plan, rows: pa.Table) -> dict[int, str]:
             found = load_task(task_spec(plan), seed).data_digest
         if found != digests[seed]:
             raise UserError(
-                f"{folder}: the data of task {plan.task.name} have changed since the run (seed {seed}: digest "
-                f"{found[:12]} now, {digests[seed][:12]} in its rows); sweep it again",
+                f"{folder}: the data of task {plan.task.name} have changed since the run (seed {seed}: "
+                f"digest {found[:12]} now, {digests[seed][:12]} in its rows); sweep it again",
                 EXIT_RUN_FOLDER,
             )
     return digests

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def measure(
         text = f"{what}: {len(trials)} trainings on {scenario.name}"
         say(text)
         with one_thread():
-            ended = train_models(scenario.spec, trials, device=device, on_epoch=lambda text=text: say(text))
+            ended = train_models(scenario.spec, trials, device=device, on_epoch=partial(say, text))
         for name in configs:
             for seed in seeds:
                 one = ended[trial_id(name, seed)]

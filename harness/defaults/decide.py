@@ -37,11 +37,11 @@ class Rules:
     """What the decision is made by.
 
     level        of every interval, two-sided
-    looks        how often the confirmation may look, and at how many times its seeds; the looks share the error
-                 that `level` allows
+    looks        how often the confirmation may look, and at how many times its seeds; the looks share the
+                 error that `level` allows
     resamples    of every bootstrap, drawn from `seed`
-    tie_margin   a config at most this much worse than the leader (at the upper bound) ties with it: a share of
-                 the error, or a difference of shares
+    tie_margin   a config at most this much worse than the leader (at the upper bound) ties with it: a share
+                 of the error, or a difference of shares
     cliff        a step that multiplies the error by more than this, and with every seed, is a cliff
     kept_share   ... or that leaves less than this share of the coverage
     """
@@ -113,7 +113,7 @@ class GuardPairs:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What came of one guard in one scenario; harm is how much worse the candidate is, in the guard's unit."""
+    """What came of one guard in one scenario; harm: how much worse the candidate is, in the guard's unit."""
 
     guard: Guard
     scenario: str
@@ -180,8 +180,8 @@ def scores_of(values: Floats, scenarios: Sequence[str], metric: Metric, referenc
 
     A share's score is its difference to the reference's mean in the scenario, an error's the logarithm of its
     ratio to the reference's geometric mean there; a figure that may be negative is divided by the reference's
-    mean size. Where the reference has no finite figure, the median over all configs stands for it. What is not
-    finite is NaN.
+    mean size. Where the reference has no finite figure, the median over all configs stands for it. What is
+    not finite is NaN.
     """
     values = np.where(np.isfinite(values), values, np.nan)
     scores = np.full(values.shape, np.nan)
@@ -215,9 +215,9 @@ def choose(
 ) -> Choice:
     """Order the configs that are worth confirming, on scores (configs, blocks) as `scores_of` gives them.
 
-    `eligible`: which configs met their constraints in every block; a score of theirs is finite. The leader has
-    the least regret in its worst scenario. A config that is at most the tie margin behind it ties, and if the
-    current default does, nothing is worth confirming. Of those that the seeds do not tell apart from the
+    `eligible`: which configs met their constraints in every block; a score of theirs is finite. The leader
+    has the least regret in its worst scenario. A config that is at most the tie margin behind it ties, and if
+    the current default does, nothing is worth confirming. Of those that the seeds do not tell apart from the
     leader the first is that with the best `prior` (what the run said, lower is better: of many nearly equal
     configs the one that led by luck here is no better a guess); of those that tie with it, the cheapest. The
     others follow, in the order of the prior, then of regret.
@@ -279,13 +279,13 @@ def on_cliff(
 ) -> str:
     """Say why a config stands on a cliff towards one neighbour; empty where it does not.
 
-    `own`, `own_coverage` and `own_worthless` are of all the config's trainings, the others of the neighbour's;
-    all of one scenario. `broken` says what went wrong with the neighbour (a failed or diverged training, a
-    non-finite value), which counts for every kind. That a step is worse counts only where each of its
-    trainings is worse than every one of the config, since trainings of one config differ as well: by more than
-    the rule's ratio on average, by losing most of the coverage, or by becoming `worthless` (no better than
-    abstaining everywhere). What another option of a choice costs is no cliff: nobody steps from one optimizer
-    to another by accident.
+    `own`, `own_coverage` and `own_worthless` are of all the config's trainings, the others of the
+    neighbour's; all of one scenario. `broken` says what went wrong with the neighbour (a failed or diverged
+    training, a non-finite value), which counts for every kind. That a step is worse counts only where each of
+    its trainings is worse than every one of the config, since trainings of one config differ as well: by more
+    than the rule's ratio on average, by losing most of the coverage, or by becoming `worthless` (no better
+    than abstaining everywhere). What another option of a choice costs is no cliff: nobody steps from one
+    optimizer to another by accident.
     """
     if broken:
         return broken
@@ -338,16 +338,16 @@ def confirm(
         why = f"better than the current default with {bound}, and worse in no guarded figure of any scenario"
         return Confirmation(True, False, why, chance, apart, judged)
     reasons = failed if shown else [f"better than the current default with {bound}: not above 0.5", *failed]
-    is_open = not failed and chance.mean > 0.5
+    is_open = not failed and chance.high > 0.5
     return Confirmation(False, is_open, "; ".join(reasons), chance, apart, judged)
 
 
 def figure(values: Floats, *, level: float = 0.9) -> Figure:
     """The median over seeds, with the narrowest pair of seeds' values that holds the true median this often.
 
-    The pair is that of the sign test: it holds its level whatever the figures' distribution, where an interval
-    of the mean misses the rare training that goes wrong. Fewer than five seeds do not suffice for 90 %, and
-    have no interval (NaN).
+    The pair is that of the sign test: it holds its level whatever the figures' distribution, where an
+    interval of the mean misses the rare training that goes wrong. Fewer than five seeds do not suffice for
+    90 %, and have no interval (NaN).
 
     >>> figure(np.array([3.0, 1.0, 2.0, 5.0, 4.0]))
     Figure(median=3.0, low=1.0, high=5.0, mean=3.0, n=5, not_finite=0)
@@ -379,7 +379,7 @@ def _outside(n: int, level: float) -> int | None:
 def seeds_for_chance(
     chance: float, blocks_per_seed: int, *, level: float = 0.9, most: int = 1000
 ) -> int | None:
-    """How many seeds would show a chance of this size to be above one half; None where none up to `most` do."""
+    """How many seeds would show that this chance is above one half; None where not even `most` do."""
     from scipy.stats import binom
 
     for seeds in range(2, most + 1):

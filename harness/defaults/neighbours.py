@@ -112,11 +112,12 @@ def _within(
 ) -> Iterator[Any]:
     """The steps, held back to the knob's range and to the knobs that must not be smaller or larger."""
     domain: Domain | None = space.domains.get(knob)
-    low, high = -math.inf, math.inf
+    low: float = -math.inf
+    high: float = math.inf
     if isinstance(domain, Float | Int) and domain.low <= value <= domain.high:
         low, high = domain.low, domain.high
     for order in [*space.constraints, *_ORDERS]:
-        other = config.get(order.larger if order.smaller == knob else order.smaller)
+        other: Any = config.get(order.larger if order.smaller == knob else order.smaller)
         if not _is_number(other):
             continue
         if order.smaller == knob:

@@ -79,7 +79,7 @@ def record_text(record: Mapping[str, Any]) -> str:
     yaml.width = _WIDTH
     stream = io.StringIO()
     stream.write(
-        "# `config` is the default with every value; `decision` says how it was decided, and by which figures.\n"
+        "# `config` is the default with every value; `decision` says how it was decided, by which figures.\n"
     )
     yaml.dump(_laid_out(record), stream)
     return stream.getvalue()
@@ -112,38 +112,41 @@ def rule(found: Found) -> list[str]:
     percent = f"{100 * rules.level:g} %"
     guards = ", ".join(_guard_text(guard) for guard in request.guards)
     return [
-        "Constraints come first: a config with a failed or diverged training, a non-finite value or without a "
-        f"finite {request.objective.name} is ruled out, and so is a challenger that is no better than "
+        "Constraints come first: a config with a failed or diverged training, a non-finite value or without "
+        f"a finite {request.objective.name} is ruled out, and so is a challenger that is no better than "
         "abstaining everywhere in a scenario where the current default is.",
-        f"Chosen on validation figures of fresh seeds: the least regret in {request.objective.name} in the worst "
-        f"scenario, then the mean rank. What is at most {rules.tie_margin:g} worse than the leader, by the upper "
-        f"bound of the {percent} interval of the paired difference, ties; ties go to the current default, then "
-        "to the config with fewer weights and the shorter step.",
-        f"No cliff: one step of one knob must not break a training, nor make the error more than {rules.cliff:g} "
-        f"times as large, leave less than {rules.kept_share:g} of the coverage, or make the model worthless, "
-        f"with every one of {session.NEIGHBOUR_SEEDS} seeds worse than the config with any of "
-        f"{session.CHOICE_SEEDS}. Thresholds move by a factor of "
+        f"Chosen on validation figures of fresh seeds: the least regret in {request.objective.name} in the "
+        f"worst scenario, then the mean rank. What is at most {rules.tie_margin:g} worse than the leader, by "
+        f"the upper bound of the {percent} interval of the paired difference, ties; if the current default "
+        "does, it stays. Of those that the seeds do not tell apart from the leader the first is that which "
+        "the run ranks best; of those that tie with it, the one with the fewest weights, then the shortest "
+        "step.",
+        "No cliff: one step of one knob must not break a training, nor make the error more than "
+        f"{rules.cliff:g} times as large, leave less than {rules.kept_share:g} of the coverage, or make the "
+        f"model worthless, with every one of {session.NEIGHBOUR_SEEDS} seeds worse than the config with any "
+        f"of {session.CHOICE_SEEDS}. Thresholds move by a factor of "
         f"{neighbours.THRESHOLD_FACTOR:g}, other numbers by {neighbours.FACTOR:g} or by "
-        f"{neighbours.SHARE_OF_RANGE:g} of their range; options of a choice count only where a training breaks. "
-        f"At most {neighbours.MOST} neighbours of at most {session.CHALLENGERS} configs are tried, on the run's "
-        "scenario.",
-        f"tau_infer is the largest threshold that rejects no larger share of rows with a value than the config "
-        f"did where it was chosen, on {100 * threshold.HELD_BACK:g} % of the training rows, held back from "
-        f"{session.CALIBRATION_SEEDS} trainings; it is at most tau_train_min.",
-        f"Changed only when, on seeds that chose nothing, the chance to be better in a (scenario, seed) block has "
-        f"a lower {percent} bound above 0.5 (up to "
-        f"{len(rules.looks)} looks at {', '.join(str(look) for look in rules.looks)} times the seeds share its error), "
-        f"and no scenario fails: {guards}. A figure fails where its mean harm "
+        f"{neighbours.SHARE_OF_RANGE:g} of their range; options of a choice count only where a training "
+        f"breaks. At most {neighbours.MOST} neighbours of at most {session.CHALLENGERS} configs are tried, "
+        "on the run's scenario.",
+        "tau_infer is the largest threshold that rejects no larger share of rows with a value than the "
+        f"config did where it was chosen, on {100 * threshold.HELD_BACK:g} % of the training rows, held back "
+        f"from {session.CALIBRATION_SEEDS} trainings; it is at most tau_train_min.",
+        "Changed only when, on seeds that chose nothing, the chance to be better in a (scenario, seed) "
+        f"block has a lower {percent} bound above 0.5 (up to "
+        f"{len(rules.looks)} looks at {', '.join(str(look) for look in rules.looks)} times the seeds share "
+        f"its error), and no scenario fails: {guards}. A figure fails where its mean harm "
         f"is beyond the margin and the {percent} interval of the harm lies above 0.",
-        f"Reported are test figures of further seeds, which decided nothing: the median with its {percent} interval "
-        "(of the sign test, which holds for figures of any distribution), and the mean.",
+        f"Reported are test figures of further seeds, which decided nothing: the median with its {percent} "
+        "interval (of the sign test, which holds for figures of any distribution), and the mean.",
     ]
 
 
 def figures(found: Found) -> dict[str, Any]:
-    """Test figures on the seeds of the report, by scenario: of the default, and where it is new of the old."""
+    """Test figures on the seeds of the report, by scenario: of the default, and of the one it replaces."""
     measured, chosen = found.reported_in, found.chosen
-    assert measured is not None and chosen is not None
+    assert measured is not None
+    assert chosen is not None
     names = dict.fromkeys([found.request.objective.name, *FIGURES])
     told: dict[str, Any] = {}
     scenarios, level = np.asarray(measured.scenarios), found.request.rules.level
@@ -366,8 +369,8 @@ def _harm(guard: Guard, harm: Interval) -> dict[str, Any]:
 def _step_times(found: Found) -> dict[str, Any]:
     times = found.confirm_times or found.choice_times
     told: dict[str, Any] = {
-        "how": f"one thread, alone, {len(next(iter(times.values())))} rounds of all configs in a new order each, "
-        "medians",
+        "how": f"one thread, alone, {len(next(iter(times.values())))} rounds of all configs in a new order "
+        "each, medians",
     }
     for name, values in times.items():
         told[name] = _plain(float(np.median(values)))
@@ -433,7 +436,8 @@ def _calibration(found: Found) -> dict[str, Any]:
     told: dict[str, Any] = {
         "applied": found.changed and held.record is not None,
         "max_false_reject": _plain(held.max_false_reject),
-        "split": f"{100 * threshold.HELD_BACK:g} % of the training rows, held back from {len(held.seeds)} trainings",
+        "split": f"{100 * threshold.HELD_BACK:g} % of the training rows, held back from each training",
+        "seeds": list(held.seeds),
     }
     if held.record is None:
         return {**told, "why_not": held.why_not}

@@ -85,8 +85,8 @@ def find_held_out(plan: Plan, holdout: Sequence[str], seeds: Sequence[int]) -> t
         digests = {load_task(own.spec, seed).data_digest for seed in seeds[:2]}
     if len(digests) > 1:
         return [], (
-            "the task deals or draws its data by the seed, so every fresh seed is trained and measured on data "
-            "that the run did not see; no other scenario was held out"
+            "the task deals or draws its data by the seed, so every fresh seed is trained and measured on "
+            "data that the run did not see; no other scenario was held out"
         )
     raise UserError(
         f"no data of task {plan.task.name} can be held out: all its seeds share one split, and no parameter "

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,7 +37,7 @@ from reports.metrics import SHORTFALL, Metric
 from trainables.configs import resolve_config
 
 LEAST_SEEDS = 5
-CHOICE_SEEDS = 5
+CHOICE_SEEDS = 8
 NEIGHBOUR_SEEDS = 2
 CALIBRATION_SEEDS = 5
 CHALLENGERS = 3
@@ -76,7 +75,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Seeds:
-    """Fresh seeds by what they are for; no two stages share one, but neighbours are held against the choice's."""
+    """Fresh seeds by stage; no two share one, but neighbours are trained with some of the choice's."""
 
     run: tuple[int, ...]
     choice: tuple[int, ...]
@@ -92,7 +91,7 @@ class Seeds:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One neighbour of a config, and what it came to: its score's distance, and why it is a cliff, if it is."""
+    """One neighbour of a config: how much worse its score is, and why it is a cliff, if it is one."""
 
     neighbour: Neighbour
     apart: float
@@ -143,7 +142,7 @@ class Found:
 
 
 def fresh_seeds(run: Sequence[int], count: int, looks: int) -> Seeds:
-    """Seeds for every stage, counted on from above those of the run; `looks` times as many to confirm with."""
+    """Seeds for every stage, counted on from those of the run; `looks` times `count` to confirm with."""
     first = max(run) + 1
     sizes = (CHOICE_SEEDS, CALIBRATION_SEEDS, count * looks, count)
     starts = np.cumsum([first, *sizes]).tolist()
@@ -155,8 +154,8 @@ def find_default(request: Request, say: Say) -> Found:
     """Run all stages; UserError where the run, the data or the seeds are too little to decide by."""
     if request.seeds < LEAST_SEEDS:
         raise UserError(
-            f"--seeds must be at least {LEAST_SEEDS}, got {request.seeds}: even a config that wins with every "
-            f"one of {request.seeds} seeds may be no better than the current default",
+            f"--seeds must be at least {LEAST_SEEDS}, got {request.seeds}: even a config that wins with "
+            f"every one of {request.seeds} seeds may be no better than the current default",
             EXIT_THIN_EVIDENCE,
         )
     candidates = find_candidates(
@@ -231,7 +230,7 @@ def _parameters(measured: Measured, name: str) -> float:
 
 
 def _look_around(found: Found, say: Say) -> None:
-    """Take the first challenger that stands on no cliff; where there is none, look around at the current one."""
+    """Take the first challenger that stands on no cliff; where there is none, look around the current one."""
     for index in found.choice.challengers[:CHALLENGERS]:
         around = _neighbours_of(found, index, say)
         found.around.append(around)
@@ -282,7 +281,7 @@ def _neighbours_of(found: Found, index: int, say: Say) -> Around:
 
 
 def _scores_beside(own: Floats, others: Floats, objective: Metric) -> tuple[Floats, Floats]:
-    """Scores of a config's figures (seeds,) and of its neighbours' (neighbours, fewer seeds), 0 being its mean."""
+    """Scores of a config (seeds,) and of its neighbours (neighbours, fewer seeds), 0 being its own mean."""
     wide = np.full((len(others), own.size), np.nan)
     wide[:, : others.shape[1]] = others
     scores = scores_of(np.vstack([own, wide]), [""] * own.size, objective, 0)
