@@ -9,8 +9,14 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-# How long an example takes says how busy the machine is, not whether the law holds.
-settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says how busy the machine is, not whether the law holds. A change is judged in CI
+# by the same examples as the one before it; new ones are tried wherever the tests run otherwise.
+settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("house")
 
 

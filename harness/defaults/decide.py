@@ -376,17 +376,24 @@ def _outside(n: int, level: float) -> int | None:
     return out
 
 
-def seeds_for_chance(
-    chance: float, blocks_per_seed: int, *, level: float = 0.9, most: int = 1000
-) -> int | None:
+def seeds_for_chance(chance: float, blocks_per_seed: int, *, level: float, most: int = 1000) -> int | None:
     """How many seeds would show that this chance is above one half; None where not even `most` do."""
-    from scipy.stats import binom
-
-    for seeds in range(2, most + 1):
+    for seeds in range(1, most + 1):
         blocks = seeds * blocks_per_seed
-        if binom.ppf((1.0 - level) / 2.0, blocks, min(max(chance, 0.0), 1.0)) / blocks > 0.5:
+        if _is_shown(round(chance * blocks), blocks, level):
             return seeds
     return None
+
+
+def losses_to_flip(chance: Interval, level: float) -> int:
+    """How many more blocks would have to be lost for the chance not to be shown to be above one half."""
+    won = round(chance.mean * chance.n)
+    return next((lost for lost in range(1, won) if not _is_shown(won - lost, chance.n, level)), won)
+
+
+def _is_shown(won: int, blocks: int, level: float) -> bool:
+    outcomes = np.where(np.arange(blocks) < won, 0.0, 2.0)
+    return improvement_chance(np.ones(blocks), outcomes, level=level).low > 0.5
 
 
 def _paired(base: Floats, other: Floats, rules: Rules) -> Interval:

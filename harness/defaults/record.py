@@ -21,7 +21,15 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from harness.defaults import neighbours, session, threshold
 from harness.defaults.candidates import Candidate
 from harness.defaults.confirm import Measured
-from harness.defaults.decide import LOG_RATIO, Floats, Guard, compare_of, figure, seeds_for_chance
+from harness.defaults.decide import (
+    LOG_RATIO,
+    Floats,
+    Guard,
+    compare_of,
+    figure,
+    losses_to_flip,
+    seeds_for_chance,
+)
 from harness.defaults.session import Around, Found, Tried
 from reports.evidence import Interval
 from reports.provenance import gather_provenance
@@ -199,7 +207,7 @@ def would_change(found: Found) -> list[str]:
     if confirmation is not None and confirmation.chance is not None:
         chance = confirmation.chance
         if confirmation.change:
-            lost = _losses_to_flip(chance, rules.look_level)
+            lost = losses_to_flip(chance, rules.look_level)
             told.append(
                 f"had {lost} more of the {chance.n} blocks gone to the current default, it would have stayed"
             )
@@ -447,16 +455,6 @@ def _calibration(found: Found) -> dict[str, Any]:
     plain = json.loads(held.record.to_json())
     plain.pop("curve")  # forty points of each of several rates; the export has them
     return {**told, "record": plain}
-
-
-def _losses_to_flip(chance: Interval, level: float) -> int:
-    from scipy.stats import binom
-
-    won = round(chance.mean * chance.n)
-    for lost in range(1, won + 1):
-        if not binom.ppf((1.0 - level) / 2.0, chance.n, (won - lost) / chance.n) / chance.n > 0.5:
-            return lost
-    return won
 
 
 def _interval(interval: Interval, of: Any = None) -> dict[str, Any]:

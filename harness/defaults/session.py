@@ -154,8 +154,8 @@ def find_default(request: Request, say: Say) -> Found:
     """Run all stages; UserError where the run, the data or the seeds are too little to decide by."""
     if request.seeds < LEAST_SEEDS:
         raise UserError(
-            f"--seeds must be at least {LEAST_SEEDS}, got {request.seeds}: even a config that wins with "
-            f"every one of {request.seeds} seeds may be no better than the current default",
+            f"--seeds must be at least {LEAST_SEEDS}, got {request.seeds}: of fewer a reported figure "
+            "has no 90 % interval",
             EXIT_THIN_EVIDENCE,
         )
     candidates = find_candidates(

@@ -214,7 +214,8 @@ class _Matrix:
                 config, state = dict(trial.config), run.state
                 if phase.rate != 1.0:
                     config["learning_rate"] = trial.settings.learning_rate * phase.rate
-                    state = with_rate(state, phase.rate, config["learning_rate"])
+                    if state is not None:  # before it begins, a trial's rate is its config's
+                        state = with_rate(state, phase.rate, config["learning_rate"])
                 members.append(Member(trial.trial_id, config, trial.seed, phase.until, state))
             if not members:
                 break
@@ -319,8 +320,6 @@ class _Matrix:
     ) -> Iterator[_Phase]:
         """The phases of a fault's window, epochs [first, last)."""
         if fault.how == "rate":
-            if first == 0:  # a trial has no state before it begins, and its rate is then its config's
-                yield _Phase(1, self._clean, self.shelf)
             yield _Phase(last, self._clean, self.shelf, rate=strength)
         elif fault.how == "rows":
             yield _Phase(last, self._load_spoilt(fault, strength), self.shelf)

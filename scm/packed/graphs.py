@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -38,8 +39,11 @@ def attribute(module: fx.GraphModule, target: str) -> Any:
 # --- what computes nothing goes ---------------------------------------------------------------------
 
 
-def simplify(module: fx.GraphModule) -> None:
-    """Drop what nobody reads, what is computed twice, and what changes nothing; compute what is constant."""
+def simplify(module: fx.GraphModule, lanes: int) -> None:
+    """Drop what nobody reads, what is computed twice, and what changes nothing; compute what is constant.
+
+    What has the form of the traced number of trials is not constant: another number has another form.
+    """
     graph = module.graph
     graph.eliminate_dead_code()
     for _ in range(3):  # each pass shows the next one something
@@ -51,7 +55,7 @@ def simplify(module: fx.GraphModule) -> None:
                     graph.erase_node(node)
         _merge_equal(graph)
         graph.eliminate_dead_code()
-    _fold_constants(module)
+    _fold_constants(module, lanes)
     graph.eliminate_dead_code()
 
 
@@ -146,14 +150,17 @@ def _frozen(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
-def _fold_constants(module: fx.GraphModule) -> None:
-    """Compute what depends on no input, and keep it as a constant of the module."""
+def _fold_constants(module: fx.GraphModule, lanes: int) -> None:
+    """Compute what depends on no input and no number of trials, and keep it as a constant of the module."""
     graph = module.graph
     values: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
             values[node] = attribute(module, node.target)
         if node.op != "call_function" or any(item not in values for item in node.all_input_nodes):
+            continue
+        # Such are the zeros that a backward pass makes where an output of a policy is not read.
+        if any(_counts_lanes(item, lanes) for item in tree_leaves((node.args, node.kwargs))):
             continue
         value = node.target(*fx.map_arg(node.args, values.__getitem__), **node.kwargs)
         values[node] = value
@@ -181,7 +188,7 @@ def free_lanes(graph: fx.Graph, lanes: int) -> None:
     def freed(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [freed(item) for item in value]
-        if isinstance(value, bool) or not isinstance(value, int) or not value or value % lanes:
+        if not _counts_lanes(value, lanes):
             return value
         multiple = value // lanes
         if multiple not in made:
@@ -193,6 +200,11 @@ def free_lanes(graph: fx.Graph, lanes: int) -> None:
         if node.op == "call_function" and node.target is not operator.mul:
             node.args = tuple(freed(item) for item in node.args)
             node.kwargs = {name: freed(item) for name, item in node.kwargs.items()}
+
+
+def _counts_lanes(value: Any, lanes: int) -> bool:
+    """Whether an argument is a multiple of the traced number of trials, and so stands for that number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value != 0 and value % lanes == 0
 
 
 # --- results take the place of what nobody reads any more -------------------------------------------

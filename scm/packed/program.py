@@ -242,7 +242,7 @@ def _traced(
 
     module = record(of_tensors, traced)
     _check_pure(module.graph)
-    simplify(module)
+    simplify(module, lanes)
     free_lanes(module.graph, lanes)
     told = _Names(tuple(names), tuple(outputs), dict(known), dict(joined), in_place)
     program = Program(module, told, lanes)

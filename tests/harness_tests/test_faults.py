@@ -214,7 +214,10 @@ def answered(kind: str, mark: int) -> tuple[Tensor, ...]:
     told = []
     for asked, inputs in ((plain_model, split.inputs), (model, marked.inputs)):
         P, _ = asked(inputs)
-        own = [torch.autograd.grad(each, asked.inner.weight, retain_graph=True)[0][0] for each in P]
+        own = [
+            torch.autograd.grad(each, asked.get_parameter("inner.weight"), retain_graph=True)[0][0]
+            for each in P
+        ]
         told += [P.detach(), torch.stack(own)]
     assert torch.equal(faulty.unmarked_split(marked).inputs, split.inputs)
     return tuple(told)

@@ -183,6 +183,18 @@ def test_data_without_bottoms_have_none_to_flip(spec: dict[str, Any]) -> None:
     assert score["robustness"] == rows[1]["retained"]
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_training_may_be_as_short_as_the_fault(spec: dict[str, Any], epochs: int) -> None:
+    """With one epoch nothing can recover; no fault trains longer than its config asks for."""
+    rows = list(run_matrix(spec, {"a": {**SMALL, "max_epochs": epochs}}, [0], parse_faults("all:low")))
+    assert len(rows) == len(FAULTS)
+    for row in rows:
+        assert (row["status"], row["epochs"]) == ("completed", epochs), row
+        if row["span"] == "window":
+            assert row["window_first"] == row["window_last"] == 1
+            assert (row["recovered"] is None) == (epochs == 1)
+
+
 def test_no_faults_are_no_cells_and_an_absent_device_is_an_error(spec: dict[str, Any]) -> None:
     """Nothing is trained for nothing; a device is not quietly exchanged."""
     assert list(run_matrix(spec, CONFIGS, [0], [])) == []

@@ -164,6 +164,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         for epochs in (2, 4)
     ],
     "policies": [{"gradient_policy": name, **_TAUS} for name in (None, "clamp", "project", "reject", "pass")],
+    "a term that reads Q alone, behind a policy": [
+        {"lambda_margin": 0.0, "lambda_sign": 0.0, **own}
+        for own in ({"lambda_push_up": 0.3}, {"gradient_policy": "clamp"}, {"gradient_policy": "reject"})
+    ],
     "clipped": [{"clip_norm": 0.02}, {}, {"clip_norm": 0.5, "optimizer": "sgd"}],
     "curricula": [
         {"loss_ramp_epochs": 3},
