@@ -52,6 +52,7 @@ bench-quick: setup
 	$(BIN)/python benchmarks/coverage_control.py --quick
 	$(BIN)/python benchmarks/sweep_throughput.py --quick
 	$(BIN)/python benchmarks/peer_counterexamples.py --quick
+	$(BIN)/python benchmarks/defaults_regret.py --quick
 
 mutation: setup
 	$(BIN)/python benchmarks/mutation.py --quick

@@ -395,7 +395,7 @@ def make_table(folder: Path, seeds: int, rows: int, epochs: int) -> tuple[Floats
 
 
 def _train_table(seeds: int, rows: int, epochs: int) -> tuple[Floats, Floats]:
-    from harness.defaults.confirm import measure
+    from harness.defaults.confirm import Bench, measure
     from harness.defaults.scenarios import Scenario
 
     configs = dose_configs(epochs)
@@ -405,7 +405,7 @@ def _train_table(seeds: int, rows: int, epochs: int) -> tuple[Floats, Floats]:
         Scenario(name, {"name": "dose", "params": {**params, "data_seed": place}, "base_dir": "."}, "")
         for place, name in enumerate(SCENARIOS)
     ]
-    measured = measure(names, scenarios, range(seeds), device="cpu", say=_quiet, what="dose")
+    measured = measure(names, scenarios, range(seeds), bench=Bench("cpu", _quiet), what="dose")
     shape = (CONFIGS, len(SCENARIOS), seeds)
     val, test = (measured.figures(name).reshape(shape) for name in ("charged_error", "test_charged_error"))
     return val, test

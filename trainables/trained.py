@@ -23,7 +23,7 @@ from scm.trial import DTYPES
 from scm.trial_config import TrialConfig
 from trainables.configs import resolve_config
 from trainables.loading import load_task
-from trainables.packed_trial import Member, PackRun
+from trainables.packed_trial import Member, PackRun, Shelf
 from trainables.tasks.protocol import Task
 
 _KIND = "trained"
@@ -69,11 +69,13 @@ def train_models(
     device: str = "cpu",
     on_epoch: Callable[[], None] = lambda: None,
     deal: Callable[[Mapping[str, Split], int], Mapping[str, Split]] | None = None,
+    shelf: Shelf | None = None,
 ) -> dict[str, Trained | Mapping[str, Any]]:
     """Train (trial_id, config, seed), as packs where they can be, and return models by trial_id.
 
     A trial that failed (its task raised) is there with its outcome alone. `deal` makes the splits that a
-    seed's trials have from those of the task; `data_digest` is that of the task's.
+    seed's trials have from those of the task; `data_digest` is that of the task's. `shelf`: kept by a caller
+    that trains the same task again and again.
     """
     loaded: dict[int, Any] = {}
 
@@ -86,7 +88,7 @@ def train_models(
     members = [Member(trial_id, config, seed) for trial_id, config, seed in trials]
     by_id = {member.trial_id: member for member in members}
     ended: dict[str, Trained | Mapping[str, Any]] = {}
-    run = PackRun(members, load, device, keep_models=True)
+    run = PackRun(members, load, device, shelf=shelf, keep_models=True)
     while not run.done:
         for told in run.step():
             on_epoch()

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from harness.defaults.scenarios import Scenario
 from scm.trial_config import TrialConfig
 from search_spaces.identity import trial_id
 from trainables.loading import load_task
+from trainables.packed_trial import Shelf
 from trainables.step_timing import time_parts
 from trainables.trained import Trained, train_models
 
@@ -82,13 +83,25 @@ class Measured:
             return np.asarray(charged >= trivial) & np.isfinite(trivial)
 
 
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where trainings run, whom to tell of them, and what is kept of each scenario's task between them."""
+
+    device: str
+    say: Say
+    shelves: dict[str, Shelf] = field(default_factory=dict)
+
+    def shelf(self, scenario: Scenario) -> Shelf:
+        """What is kept of a scenario's task: traced programs, which change nothing that comes out."""
+        return self.shelves.setdefault(scenario.name, Shelf())
+
+
 def measure(
     configs: Mapping[str, Mapping[str, Any]],
     scenarios: Sequence[Scenario],
     seeds: Sequence[int],
     *,
-    device: str,
-    say: Say,
+    bench: Bench,
     what: str,
 ) -> Measured:
     """Train every config with every seed on every scenario, as packs where they can be; no model is kept."""
@@ -96,9 +109,15 @@ def measure(
     for scenario in scenarios:
         trials = [(trial_id(name, seed), config, seed) for name, config in configs.items() for seed in seeds]
         text = f"{what}: {len(trials)} trainings on {scenario.name}"
-        say(text)
+        bench.say(text)
         with one_thread():
-            ended = train_models(scenario.spec, trials, device=device, on_epoch=partial(say, text))
+            ended = train_models(
+                scenario.spec,
+                trials,
+                device=bench.device,
+                on_epoch=partial(bench.say, text),
+                shelf=bench.shelf(scenario),
+            )
         for name in configs:
             for seed in seeds:
                 one = ended[trial_id(name, seed)]
@@ -113,8 +132,7 @@ def measure_step_times(
     seed: int,
     *,
     rounds: int,
-    device: str,
-    say: Say,
+    bench: Bench,
 ) -> dict[str, Floats]:
     """The step time of each config alone, in ms, once a round: brief trainings of all, in a new order each.
 
@@ -126,11 +144,11 @@ def measure_step_times(
     names = list(configs)
     with one_thread():
         for number in range(rounds):
-            say(f"step times: round {number + 1} of {rounds}")
+            bench.say(f"step times: round {number + 1} of {rounds}")
             order.shuffle(names)
             for name in names:
                 config = TrialConfig.from_flat(configs[name])
-                parts = time_parts(loaded.task, config, seed, loaded.splits["train"], device)
+                parts = time_parts(loaded.task, config, seed, loaded.splits["train"], bench.device)
                 times[name].append(sum(parts))
     return {name: np.array(found) for name, found in times.items()}
 

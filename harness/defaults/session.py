@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.defaults.candidates import Candidate, Candidates, find_candidates
-from harness.defaults.confirm import Measured, Say, measure, measure_step_times
+from harness.defaults.confirm import Bench, Measured, Say, measure, measure_step_times
 from harness.defaults.decide import (
     DIFFERENCE,
     LOG_RATIO,
@@ -152,6 +152,7 @@ def fresh_seeds(run: Sequence[int], count: int, looks: int) -> Seeds:
 
 def find_default(request: Request, say: Say) -> Found:
     """Run all stages; UserError where the run, the data or the seeds are too little to decide by."""
+    bench = Bench(request.device, say)
     if request.seeds < LEAST_SEEDS:
         raise UserError(
             f"--seeds must be at least {LEAST_SEEDS}, got {request.seeds}: of fewer a reported figure "
@@ -164,17 +165,17 @@ def find_default(request: Request, say: Say) -> Found:
     seeds = fresh_seeds(candidates.run_seeds, request.seeds, request.rules.looks[-1])
     held_out, sentence = find_held_out(candidates.plan, request.holdout, seeds.choice)
     scenarios = (run_scenario(candidates.plan), *held_out)
-    found = _choose(request, candidates, scenarios, sentence, seeds, say)
-    _look_around(found, say)
+    found = _choose(request, candidates, scenarios, sentence, seeds, bench)
+    _look_around(found, bench)
     if found.candidate is not None:
-        _calibrate(found, found.candidate, say)
+        _calibrate(found, found.candidate, bench)
     if found.candidate is not None:
-        _confirm(found, say)
+        _confirm(found, bench)
     found.chosen = found.candidate if found.changed else candidates.current
     assert found.chosen is not None
     if found.threshold is None:
-        _calibrate(found, found.chosen, say)
-    _report(found, found.chosen, say)
+        _calibrate(found, found.chosen, bench)
+    _report(found, found.chosen, bench)
     return found
 
 
@@ -184,13 +185,11 @@ def _choose(
     scenarios: tuple[Scenario, ...],
     held_out: str,
     seeds: Seeds,
-    say: Say,
+    bench: Bench,
 ) -> Found:
     configs = {one.config_id: one.config for one in candidates.held}
-    measured = measure(configs, scenarios, seeds.choice, device=request.device, say=say, what="choosing")
-    times = measure_step_times(
-        configs, scenarios[0], seeds.choice[0], rounds=CHOICE_ROUNDS, device=request.device, say=say
-    )
+    measured = measure(configs, scenarios, seeds.choice, bench=bench, what="choosing")
+    times = measure_step_times(configs, scenarios[0], seeds.choice[0], rounds=CHOICE_ROUNDS, bench=bench)
     needed = (request.objective.name,)
     troubles = {name: measured.trouble(name, needed) for name in configs}
     values = measured.figures(request.objective.name)
@@ -229,19 +228,19 @@ def _parameters(measured: Measured, name: str) -> float:
     return float(measured.outcome(name, measured.blocks[0]).get("parameters") or 0)
 
 
-def _look_around(found: Found, say: Say) -> None:
+def _look_around(found: Found, bench: Bench) -> None:
     """Take the first challenger that stands on no cliff; where there is none, look around the current one."""
     for index in found.choice.challengers[:CHALLENGERS]:
-        around = _neighbours_of(found, index, say)
+        around = _neighbours_of(found, index, bench)
         found.around.append(around)
         if not around.cliffs:
             found.candidate = around.candidate
             return
     if not found.troubles[found.candidates.current.config_id]:
-        found.around.append(_neighbours_of(found, 0, say))
+        found.around.append(_neighbours_of(found, 0, bench))
 
 
-def _neighbours_of(found: Found, index: int, say: Say) -> Around:
+def _neighbours_of(found: Found, index: int, bench: Bench) -> Around:
     request, candidate = found.request, found.candidates.held[index]
     space = plan_space(found.candidates.plan)
     neighbours, left_out = find_neighbours(candidate.config, space, most=MOST)
@@ -251,8 +250,7 @@ def _neighbours_of(found: Found, index: int, say: Say) -> Around:
         {name: one.config for name, one in named.items()},
         [scenario],
         found.seeds.neighbours,
-        device=request.device,
-        say=say,
+        bench=bench,
         what=f"neighbours of {candidate.config_id}",
     )
     here = np.asarray(found.chosen_in.scenarios) == scenario.name
@@ -288,7 +286,7 @@ def _scores_beside(own: Floats, others: Floats, objective: Metric) -> tuple[Floa
     return scores[0], scores[1:, : others.shape[1]]
 
 
-def _calibrate(found: Found, candidate: Candidate, say: Say) -> None:
+def _calibrate(found: Found, candidate: Candidate, bench: Bench) -> None:
     """Freeze the threshold of a config; a candidate's own takes the frozen value from here on."""
     request = found.request
     bound = request.max_false_reject
@@ -302,8 +300,7 @@ def _calibrate(found: Found, candidate: Candidate, say: Say) -> None:
         found.scenarios[0],
         found.seeds.calibration,
         max_false_reject=bound,
-        device=request.device,
-        say=say,
+        bench=bench,
     )
     if found.candidate is candidate and found.threshold.record is not None:
         config = resolve_config({**candidate.config, "tau_infer": found.threshold.record.tau_infer})
@@ -312,7 +309,7 @@ def _calibrate(found: Found, candidate: Candidate, say: Say) -> None:
         found.candidate = None if same else Candidate(name, config, candidate.rank, origin)
 
 
-def _confirm(found: Found, say: Say) -> None:
+def _confirm(found: Found, bench: Bench) -> None:
     """Look at more and more seeds of both arms until it is decided, or the last look is taken."""
     request, current, candidate = found.request, found.candidates.current, found.candidate
     assert candidate is not None
@@ -322,8 +319,7 @@ def _confirm(found: Found, say: Say) -> None:
         found.scenarios[0],
         found.seeds.confirmation[0],
         rounds=CONFIRM_ROUNDS,
-        device=request.device,
-        say=say,
+        bench=bench,
     )
     for look in request.rules.looks:
         seen = 0 if found.confirmed_in is None else len(found.confirmed_in.seeds)
@@ -331,8 +327,7 @@ def _confirm(found: Found, say: Say) -> None:
             configs,
             found.scenarios,
             found.seeds.confirmation[seen : look * request.seeds],
-            device=request.device,
-            say=say,
+            bench=bench,
             what="confirming",
         )
         found.confirmed_in = more if found.confirmed_in is None else found.confirmed_in.joined(more)
@@ -368,7 +363,7 @@ def _pairs(found: Found, guard: Guard, measured: Measured, times: Mapping[str, F
     return GuardPairs(guard, measured.scenarios, values[0], values[1])
 
 
-def _report(found: Found, chosen: Candidate, say: Say) -> None:
+def _report(found: Found, chosen: Candidate, bench: Bench) -> None:
     """Train the default, and the one that it replaced, with seeds that decided nothing."""
     configs = {chosen.config_id: chosen.config}
     configs.setdefault(found.candidates.current.config_id, found.candidates.current.config)
@@ -376,7 +371,6 @@ def _report(found: Found, chosen: Candidate, say: Say) -> None:
         configs,
         found.scenarios,
         found.seeds.report,
-        device=found.request.device,
-        say=say,
+        bench=bench,
         what="reporting",
     )

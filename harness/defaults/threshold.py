@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from harness.defaults.confirm import Say, one_thread
+from harness.defaults.confirm import Bench, one_thread
 from harness.defaults.scenarios import Scenario
 from harness.errors import one_line
 from scm.inference.calibration import CalibrationError, CalibrationRecord, calibrate
@@ -50,12 +50,11 @@ def freeze_threshold(
     seeds: Sequence[int],
     *,
     max_false_reject: float,
-    device: str,
-    say: Say,
+    bench: Bench,
 ) -> Threshold:
     """Calibrate a config's tau_infer, at most its tau_train_min, for this share of rejected in-range rows."""
     text = f"calibrating tau_infer: {len(seeds)} trainings on {scenario.name}"
-    say(text)
+    bench.say(text)
     bound = min(max(max_false_reject, 0.0), 0.999)
 
     def none(why: str) -> Threshold:
@@ -65,8 +64,9 @@ def freeze_threshold(
         ended = train_models(
             scenario.spec,
             [(trial_id(CALIBRATION, seed), config, seed) for seed in seeds],
-            device=device,
-            on_epoch=lambda: say(text),
+            device=bench.device,
+            on_epoch=lambda: bench.say(text),
+            shelf=bench.shelf(scenario),
             deal=lambda splits, seed: hold_back(splits, seed, share=HELD_BACK),
         )
     models: dict[int, Trained] = {}
