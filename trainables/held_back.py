@@ -1,22 +1,31 @@
 """A calibration split: rows of the training split that are held back, so that nothing else has used them.
 
 A threshold that is chosen on the rows that trained the model is too sure, on those that chose the config or
-that it is reported on it is not honest. What is chosen on them is decided in `scm.inference.calibration`.
+that it is reported on it is not honest. How it is chosen is decided in `scm.inference.calibration`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from scm.data import Split
-from scm.inference.calibration import GaugeMismatchError, check_unit_tuples
+from scm.inference.calibration import (
+    CalibrationError,
+    CalibrationRecord,
+    GaugeMismatchError,
+    calibrate,
+    check_unit_tuples,
+)
 from scm.seeding import generator
 from trainables.trained import Trained
 
 CALIBRATION = "calibration"
+LEAST_ROWS = 20
+"""Held-back rows with a value, over all models; on fewer a rate says nothing."""
 _BATCH = 4_096
 
 
@@ -37,6 +46,41 @@ def hold_back(splits: Mapping[str, Split], seed: int, *, share: float) -> dict[s
         held[shuffled[: round(share * len(rows))]] = True
     kept, back = torch.nonzero(~held).reshape(-1), torch.nonzero(held).reshape(-1)
     return {**splits, "train": train.take(kept), CALIBRATION: train.take(back)}
+
+
+def calibrate_together(
+    models: Sequence[Trained], *, max_false_reject: float, tau_max: float
+) -> CalibrationRecord:
+    """One threshold for models of one config, on the held-back rows of all of them together.
+
+    It is the largest, at most `tau_max`, that rejects at most this share of the rows with a value. Raises
+    CalibrationError where there are fewer than `LEAST_ROWS` of these, where they are rows that figures are
+    told of, or where no threshold keeps the bound.
+    """
+    found = [denominators(model, model.splits[CALIBRATION]) for model in models]
+    q_abs = torch.cat([q for q, _, _ in found])
+    in_range = torch.cat([has_value for _, has_value, _ in found])
+    rows = int(in_range.sum())
+    if rows < LEAST_ROWS:
+        raise CalibrationError(
+            f"{rows} held-back rows with a value are too few, at least {LEAST_ROWS} are needed"
+        )
+    gauges = {gauge for _, _, gauge in found}
+    digests = [model.splits[CALIBRATION].digest() for model in models]
+    for model, digest in zip(models, digests, strict=True):
+        for name in ("val", "test"):
+            if model.splits[name].digest() == digest:
+                raise CalibrationError(f"the rows of split {name!r} are reported on, and cannot calibrate")
+    return calibrate(
+        q_abs,
+        in_range,
+        split=CALIBRATION,
+        max_false_reject=max_false_reject,
+        gauge=gauges.pop() if len(gauges) == 1 else "raw",
+        data_hash=hashlib.sha256("".join(digests).encode()).hexdigest(),
+        tau_min=min(1e-12, tau_max),
+        tau_max=tau_max,
+    )
 
 
 def denominators(trained: Trained, split: Split) -> tuple[Tensor, Tensor, str]:

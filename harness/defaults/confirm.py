@@ -18,8 +18,8 @@ import torch
 
 from harness.defaults.decide import Bools, Floats
 from harness.defaults.scenarios import Scenario
-from scm.trial_config import TrialConfig
 from search_spaces.identity import trial_id
+from trainables.configs import parse_config
 from trainables.loading import load_task
 from trainables.packed_trial import Shelf
 from trainables.step_timing import time_parts
@@ -147,7 +147,7 @@ def measure_step_times(
             bench.say(f"step times: round {number + 1} of {rounds}")
             order.shuffle(names)
             for name in names:
-                config = TrialConfig.from_flat(configs[name])
+                config, _ = parse_config(configs[name])
                 parts = time_parts(loaded.task, config, seed, loaded.splits["train"], bench.device)
                 times[name].append(sum(parts))
     return {name: np.array(found) for name, found in times.items()}

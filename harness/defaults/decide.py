@@ -358,7 +358,7 @@ def figure(values: Floats, *, level: float = 0.9) -> Figure:
     n, broken = int(held.size), int((~finite).sum())
     if not n:
         return Figure(math.nan, math.nan, math.nan, math.nan, 0)
-    mean = math.nan if broken else float(held.mean())
+    mean = math.nan if broken else float(ordered.mean())
     middle = [float(ordered[(n - 1) // 2]), float(ordered[n // 2])]
     out = _outside(n, level)
     low, high = (math.nan, math.nan) if out is None else (float(ordered[out]), float(ordered[n - 1 - out]))

@@ -7,26 +7,20 @@ the operating point stays, and what was guessed or searched becomes what was mea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from harness.defaults.confirm import Bench, one_thread
 from harness.defaults.scenarios import Scenario
 from harness.errors import one_line
-from scm.inference.calibration import CalibrationError, CalibrationRecord, calibrate
 from search_spaces.identity import trial_id
-from trainables.held_back import CALIBRATION, denominators, hold_back
+from trainables.held_back import CALIBRATION, CalibrationRecord, calibrate_together, hold_back
 from trainables.trained import Trained, train_models
 from trainables.trial import error_line
 
 HELD_BACK = 0.15
 """The share of the training rows that is held back."""
-LEAST_ROWS = 20
-"""Held-back rows with a value, over all models; on fewer a rate says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +72,11 @@ def freeze_threshold(
             return none(f"a training without the held-back rows met non-finite values (seed {seed})")
         models[seed] = one
     try:
-        found = {seed: denominators(model, model.splits[CALIBRATION]) for seed, model in models.items()}
+        record = calibrate_together(
+            list(models.values()), max_false_reject=bound, tau_max=float(config["tau_train_min"])
+        )
+    except ValueError as error:  # no threshold, or too few rows
+        return none(one_line(error))
     except Exception as error:  # of a task's own model, whatever it raises
         return none(f"the models could not be asked for their denominators: {one_line(error_line(error))}")
-    q_abs = torch.cat([q for q, _, _ in found.values()])
-    in_range = torch.cat([has_value for _, has_value, _ in found.values()])
-    if int(in_range.sum()) < LEAST_ROWS:
-        return none(
-            f"{int(in_range.sum())} held-back rows with a value are too few, at least {LEAST_ROWS} are needed"
-        )
-    gauges = {gauge for _, _, gauge in found.values()}
-    asked: dict[str, Any] = {
-        "split": CALIBRATION,
-        "max_false_reject": bound,
-        "gauge": gauges.pop() if len(gauges) == 1 else "raw",
-        "tau_max": float(config["tau_train_min"]),
-        "tau_min": min(1e-12, float(config["tau_train_min"])),
-    }
-    digests = "".join(model.splits[CALIBRATION].digest() for model in models.values())
-    together = hashlib.sha256(digests.encode()).hexdigest()
-    try:
-        record = calibrate(q_abs, in_range, data_hash=together, **asked)
-    except (CalibrationError, ValueError) as error:
-        return none(one_line(error))
-    for model in models.values():
-        for name in ("val", "test"):
-            record.check_not_reported_on(name, model.splits[name].digest())
     return Threshold(record, "", bound, tuple(seeds), models)
