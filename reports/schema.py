@@ -57,6 +57,8 @@ IDENTITY_COLUMNS: tuple[Column, ...] = (
     Column("seed", "int64", "seed of the splits, the weights and the shuffling", required=True),
     Column("cohort", "int64", "the search's batch that proposed the config"),
     Column("searcher", "string", "the search algorithm that proposed the config"),
+    Column("scenario", "string", "the task with its parameters: its name, and a hash where it has some"),
+    Column("settings_id", "string", "hash of the config without its task, the same in every scenario"),
 )
 
 OUTCOME_COLUMNS: tuple[Column, ...] = (

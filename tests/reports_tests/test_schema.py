@@ -25,6 +25,8 @@ PROMISED = [
     "seed",
     "cohort",
     "searcher",
+    "scenario",
+    "settings_id",
     "status",
     "stop_reason",
     "nan_origin",
