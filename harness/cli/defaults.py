@@ -67,7 +67,7 @@ def make_parser() -> CommandParser:
         metavar="METRIC=MARGIN",
         help="a figure in which no scenario may lose more than the margin: a ratio for errors and times, a "
         "difference for shares; may be repeated (default coverage_shortfall=0.01, charged_error=1.05, "
-        "false_accept_rate=0.05, step_time_ms=1.5)",
+        "false_accept_rate=0.05, step_time_ms=2)",
     )
     add(
         "--max-false-reject",
@@ -152,7 +152,7 @@ _OF_BOTH_SPLITS = ("charged_error", "accepted_error", "coverage", "false_accept_
 def parse_guards(texts: Sequence[str]) -> tuple[Guard, ...]:
     """The guards of the session, with those that are given in place of, or beside, its own."""
     from harness.defaults.decide import LOG_RATIO, Guard, compare_of
-    from harness.defaults.session import GUARDS
+    from harness.defaults.session import GUARDS, STEP_TIME
     from reports.metrics import parse_metric
 
     guards = {guard.name: guard for guard in GUARDS}
@@ -166,7 +166,11 @@ def parse_guards(texts: Sequence[str]) -> tuple[Guard, ...]:
             if compare == LOG_RATIO and metric.direction == "higher":
                 raise ValueError(f"{metric.name} has no ratio that could be guarded: it is better higher")
             guards[metric.name] = Guard(
-                name=metric.name, compare=compare, margin=float(margin), direction=metric.direction
+                name=metric.name,
+                compare=compare,
+                margin=float(margin),
+                direction=metric.direction,
+                by_median=metric.name == STEP_TIME,
             )
         except ValueError as error:
             raise UserError(f"--guard: {error}") from None

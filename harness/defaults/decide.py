@@ -80,12 +80,15 @@ class Guard:
 
     `compare` is "difference", or "log_ratio" with the margin as a ratio (1.05: five per cent worse).
     `direction`: whether the better value is the "lower" or the "higher" one; of ratios it is the lower.
+    `by_median`: the harm is the median over blocks with the sign test's interval, for clocks, which now and
+    then are far off; else the mean with Student's.
     """
 
     name: str
     compare: str
     margin: float
     direction: str = "lower"
+    by_median: bool = False
 
     def __post_init__(self) -> None:
         least = 1.0 if self.compare == LOG_RATIO else 0.0
@@ -326,12 +329,8 @@ def confirm(
         current, candidate, resamples=rules.resamples, seed=rules.seed, level=rules.look_level
     )
     apart = _paired(current, candidate, rules)
-    judged = tuple(result for pairs in guards for result in _judge(pairs, rules))
-    failed = [
-        f"{result.guard.name} is worse in {result.scenario}: {_harm_text(result)}"
-        for result in judged
-        if result.failed
-    ]
+    judged = tuple(result for pairs in guards for result in judge(pairs, rules))
+    failed = failures(judged)
     shown = chance.low > 0.5
     bound = f"a chance of {chance.mean:.2f} (lower bound {chance.low:.2f}) over {chance.n} blocks"
     if shown and not failed:
@@ -340,6 +339,33 @@ def confirm(
     reasons = failed if shown else [f"better than the current default with {bound}: not above 0.5", *failed]
     is_open = not failed and chance.high > 0.5
     return Confirmation(False, is_open, "; ".join(reasons), chance, apart, judged)
+
+
+def judge(pairs: GuardPairs, rules: Rules) -> list[Judged]:
+    """Hold a guarded figure of the candidate against that of the current default, scenario by scenario.
+
+    It fails where the harm is beyond the margin and its whole interval above 0. A figure that the candidate
+    alone lacks fails; one that neither has is left out.
+    """
+    names = np.asarray(pairs.scenarios)
+    judged = []
+    for name in dict.fromkeys(pairs.scenarios):
+        current, candidate = pairs.current[names == name], pairs.candidate[names == name]
+        harm = _harm(pairs.guard, current, candidate)
+        if not harm.size:
+            continue
+        found = _harm_interval(harm, pairs.guard, rules)
+        judged.append(Judged(pairs.guard, name, found, found.mean > pairs.guard.limit and found.low > 0.0))
+    return judged
+
+
+def failures(judged: Sequence[Judged]) -> list[str]:
+    """What failed, in a clause each."""
+    return [
+        f"{result.guard.name} is worse in {result.scenario}: {_harm_text(result)}"
+        for result in judged
+        if result.failed
+    ]
 
 
 def figure(values: Floats, *, level: float = 0.9) -> Figure:
@@ -408,35 +434,28 @@ def _low(interval: Interval | None) -> float:
     return math.inf if interval is None else interval.low
 
 
-def _judge(pairs: GuardPairs, rules: Rules) -> list[Judged]:
-    names = np.asarray(pairs.scenarios)
-    judged = []
-    for name in dict.fromkeys(pairs.scenarios):
-        current, candidate = pairs.current[names == name], pairs.candidate[names == name]
-        if not np.isfinite(current).any() and not np.isfinite(candidate).any():
-            continue  # a figure that this scenario does not have
-        if pairs.guard.compare == LOG_RATIO:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                harm = np.log(candidate) - np.log(current)
-                harm = np.where(candidate == current, 0.0, harm)
+def _harm(guard: Guard, current: Floats, candidate: Floats) -> Floats:
+    """How much worse the candidate is in each block that says it, infinite where it alone has no figure."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if guard.compare == LOG_RATIO:
+            harm = np.where(candidate == current, 0.0, np.log(candidate) - np.log(current))
         else:
-            harm = candidate - current if pairs.guard.direction == "lower" else current - candidate
-        # Where only the current default has no figure nothing is known to be lost; where only the candidate
-        # has none, all is.
-        harm = np.where(np.isnan(current) & ~np.isnan(candidate), 0.0, harm)
-        harm = np.where(np.isnan(candidate) & ~np.isnan(current), np.inf, harm)
-        harm = harm[~np.isnan(harm)]
-        if not np.isfinite(harm).all():
-            worst = math.inf if np.any(harm == np.inf) else -math.inf
-            found = Interval(worst, worst, worst, int(harm.size))
-        else:
-            found = (
-                _student(harm, rules.level)
-                if harm.size > 1
-                else Interval(float(harm[0]), -math.inf, math.inf, 1)
-            )
-        judged.append(Judged(pairs.guard, name, found, found.mean > pairs.guard.limit and found.low > 0.0))
-    return judged
+            harm = candidate - current if guard.direction == "lower" else current - candidate
+    harm = np.where(np.isnan(current) & ~np.isnan(candidate), 0.0, harm)
+    harm = np.where(np.isnan(candidate) & ~np.isnan(current), np.inf, harm)
+    return np.asarray(harm[~np.isnan(harm)])
+
+
+def _harm_interval(harm: Floats, guard: Guard, rules: Rules) -> Interval:
+    n = int(harm.size)
+    if not np.isfinite(harm).all():
+        worst = math.inf if np.any(harm == np.inf) else -math.inf
+        return Interval(worst, worst, worst, n)
+    if guard.by_median:
+        found = figure(harm, level=rules.level)
+        low, high = (value if math.isfinite(value) else math.nan for value in (found.low, found.high))
+        return Interval(found.median, low, high, n)
+    return _student(harm, rules.level) if n > 1 else Interval(float(harm[0]), math.nan, math.nan, 1)
 
 
 def _student(values: Floats, level: float) -> Interval:

@@ -44,7 +44,7 @@ DIGITS = 6
 # In what the default is told: of the test split, on the seeds of the report.
 FIGURES = ("coverage", *STANDARD_METRICS)
 _WIDTH = 110
-_FLOW = 96  # a mapping or list of plain values that is no longer than this stands on one line
+_FLOW = 126  # a mapping or list of plain values that is no longer than this stands on one line
 
 
 def make_record(found: Found, *, commands: Sequence[str]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def make_record(found: Found, *, commands: Sequence[str]) -> dict[str, Any]:
             "confirmation": _confirmation(found),
             "step_time_ms": _step_times(found),
             "alternatives": _alternatives(found),
-            "neighbours": [_around(around) for around in found.around],
+            "neighbours": [_around(around, found) for around in found.around],
             "calibration": _calibration(found),
             "notes": [*found.candidates.notes],
             "run": found.candidates.run,
@@ -97,18 +97,22 @@ def why(found: Found) -> str:
     """The decision in one sentence."""
     if found.confirmation is not None:
         return found.confirmation.why
-    cliffs = [
-        around
-        for around in found.around
-        if around.cliffs and around.candidate is not found.candidates.current
-    ]
-    if cliffs and len(cliffs) >= min(len(found.choice.challengers), session.CHALLENGERS):
-        names = ", ".join(around.candidate.config_id for around in cliffs)
-        more = len(found.choice.challengers) - len(cliffs)
-        rest = f"; {more} more were not looked around at" if more > 0 else ""
-        return f"every challenger stands on a cliff ({names}){rest}, so the current default stays"
-    if found.threshold is not None and found.choice.challengers:
+    current, passed = found.candidates.current, len(found.passed_over)
+    cliffs = [around for around in found.around if around.cliffs and around.candidate is not current]
+    if any(not around.cliffs and around.candidate is not current for around in found.around):
         return "with its threshold frozen, the challenger is the current default"
+    if cliffs or passed:
+        parts = []
+        if passed:
+            names = ", ".join(found.passed_over)
+            parts.append(f"{passed} failed in a guarded figure on the seeds of the choice ({names})")
+        if cliffs:
+            names = ", ".join(around.candidate.config_id for around in cliffs)
+            parts.append(f"{len(cliffs)} stood on a cliff ({names})")
+        rest = len(found.choice.challengers) - passed - len(cliffs)
+        if rest > 0:
+            parts.append(f"{rest} more were not looked around at")
+        return f"of {len(found.choice.challengers)} challengers {', '.join(parts)}; the current default stays"
     if found.choice.leader is None:
         return "no config met its constraints, so the current default stays; see alternatives"
     return f"{found.choice.why}, so it stays"
@@ -136,7 +140,8 @@ def rule(found: Found) -> list[str]:
         f"{neighbours.THRESHOLD_FACTOR:g}, other numbers by {neighbours.FACTOR:g} or by "
         f"{neighbours.SHARE_OF_RANGE:g} of their range; options of a choice count only where a training "
         f"breaks. At most {neighbours.MOST} neighbours of at most {session.CHALLENGERS} configs are tried, "
-        "on the run's scenario.",
+        "on the run's scenario. A challenger that fails in a guarded figure on the seeds of the choice is "
+        "passed over.",
         "tau_infer is the largest threshold that rejects no larger share of rows with a value than the "
         f"config did where it was chosen, on {100 * threshold.HELD_BACK:g} % of the training rows, held back "
         f"from {session.CALIBRATION_SEEDS} trainings; it is at most tau_train_min.",
@@ -144,7 +149,7 @@ def rule(found: Found) -> list[str]:
         f"block has a lower {percent} bound above 0.5 (up to "
         f"{len(rules.looks)} looks at {', '.join(str(look) for look in rules.looks)} times the seeds share "
         f"its error), and no scenario fails: {guards}. A figure fails where its mean harm "
-        f"is beyond the margin and the {percent} interval of the harm lies above 0.",
+        f"(of step times the median) is beyond the margin and the {percent} interval of the harm above 0.",
         f"Reported are test figures of further seeds, which decided nothing: the median with its {percent} "
         "interval (of the sign test, which holds for figures of any distribution), and the mean.",
     ]
@@ -238,6 +243,8 @@ def would_change(found: Found) -> list[str]:
                 if own
                 else f"{around.candidate.config_id} without its cliff ({text})"
             )
+    for name, failed in found.passed_over.items():
+        told.append(f"a wider margin for {name}, if it is acceptable (--guard): {failed}")
     if confirmation is None and not found.choice.challengers and found.choice.leader is not None:
         told.append(
             f"a config that is more than {rules.tie_margin:g} better than the current default in "
@@ -392,6 +399,8 @@ def _alternatives(found: Found) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"config_id": one.config_id, "origin": one.origin}
         if found.troubles[one.config_id]:
             entry["ruled_out"] = found.troubles[one.config_id]
+        if one.config_id in found.passed_over:
+            entry["passed_over"] = found.passed_over[one.config_id]
         if apart is not None:
             entry["worst_regret"] = _plain(float(np.max(choice.regret[index])))
             entry["mean_rank"] = _plain(float(choice.mean_rank[index]))
@@ -418,12 +427,13 @@ def _means(found: Found, index: int) -> dict[str, Any]:
     return told
 
 
-def _around(around: Around) -> dict[str, Any]:
+def _around(around: Around, found: Found) -> dict[str, Any]:
     return {
         "config_id": around.candidate.config_id,
         "tried": len(around.tried),
         "left_out": around.left_out,
         "cliffs": len(around.cliffs),
+        "worse_by_is": _unit(found),
         "each": [
             {
                 "knob": one.neighbour.knob,

@@ -15,11 +15,10 @@ from harness.errors import UserError
 from harness.plan import Plan, load_plan
 from harness.sweep import task_spec
 from harness.task_errors import task_errors_told
-from search_spaces.identity import config_id
+from search_spaces.identity import scenario_name
 from trainables.loading import load_task
 
 NONE = "none"
-_DIGITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +29,6 @@ class Scenario:
     spec: Mapping[str, Any]
     what: str
     held_out: bool = False
-
-
-def scenario_name(task: str, params: Mapping[str, Any]) -> str:
-    """The task's name, and a hash of its parameters where it has any.
-
-    >>> scenario_name("dose", {}), scenario_name("dose", {"size": "quick"})
-    ('dose', 'dose-c43f2577')
-    """
-    return f"{task}-{config_id(params)[:_DIGITS]}" if params else task
 
 
 def run_scenario(plan: Plan) -> Scenario:

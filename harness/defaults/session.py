@@ -7,7 +7,7 @@ the same trainings. What is decided from the figures is in `decide`; here is wha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ from harness.defaults.decide import (
     Rules,
     choose,
     confirm,
+    failures,
+    judge,
     on_cliff,
     scores_of,
 )
@@ -49,7 +51,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard(name=SHORTFALL, compare=DIFFERENCE, margin=0.01),
     Guard(name="charged_error", compare=LOG_RATIO, margin=1.05),
     Guard(name="false_accept_rate", compare=DIFFERENCE, margin=0.05),
-    Guard(name=STEP_TIME, compare=LOG_RATIO, margin=1.5),
+    Guard(name=STEP_TIME, compare=LOG_RATIO, margin=2.0, by_median=True),
 )
 
 
@@ -126,6 +128,7 @@ class Found:
     scores: Floats
     troubles: Mapping[str, str]
     choice_times: Mapping[str, Floats]
+    passed_over: dict[str, str] = field(default_factory=dict)
     around: list[Around] = field(default_factory=list)
     threshold: Threshold | None = None
     candidate: Candidate | None = None
@@ -230,7 +233,13 @@ def _parameters(measured: Measured, name: str) -> float:
 
 def _look_around(found: Found, bench: Bench) -> None:
     """Take the first challenger that stands on no cliff; where there is none, look around the current one."""
-    for index in found.choice.challengers[:CHALLENGERS]:
+    for index in found.choice.challengers:
+        if len(found.around) == CHALLENGERS:
+            break
+        failed = _failures_in_choice(found, index)
+        if failed:  # it would fail where it counts as well
+            found.passed_over[found.candidates.held[index].config_id] = "; ".join(failed)
+            continue
         around = _neighbours_of(found, index, bench)
         found.around.append(around)
         if not around.cliffs:
@@ -238,6 +247,22 @@ def _look_around(found: Found, bench: Bench) -> None:
             return
     if not found.troubles[found.candidates.current.config_id]:
         found.around.append(_neighbours_of(found, 0, bench))
+
+
+def _failures_in_choice(found: Found, index: int) -> list[str]:
+    """In which guarded figures a challenger fails already on the seeds of the choice."""
+    current = found.candidates.current.config_id
+    if found.troubles[current]:
+        return []
+    names = (current, found.candidates.held[index].config_id)
+    both = replace(found.chosen_in, configs=names)
+    times = {name: found.choice_times[name] for name in names}
+    judged = [
+        result
+        for guard in found.request.guards
+        for result in judge(_pairs(found, guard, both, times), found.request.rules)
+    ]
+    return failures(judged)
 
 
 def _neighbours_of(found: Found, index: int, bench: Bench) -> Around:

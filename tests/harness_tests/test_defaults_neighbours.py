@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.defaults.decide import OPTION, STEP
 from harness.defaults.neighbours import MOST, THRESHOLDS, Neighbour, find_neighbours
-from harness.defaults.scenarios import HELD_OUT, find_held_out, run_scenario, scenario_name
+from harness.defaults.scenarios import HELD_OUT, find_held_out, run_scenario
 from harness.errors import UserError
 from harness.plan import load_plan
 from search_spaces.named import SPACES
@@ -103,13 +103,6 @@ def test_the_same_config_has_the_same_neighbours() -> None:
     config = resolve_config({})
     first: tuple[list[Neighbour], int] = find_neighbours(config, SPACE)
     assert first == find_neighbours(config, SPACE)
-
-
-def test_a_scenario_is_named_by_its_task_and_parameters() -> None:
-    """The task's name alone where it has none; the order of parameters does not matter."""
-    assert scenario_name("dose", {}) == "dose"
-    assert scenario_name("dose", {"a": 1, "b": 2}) == scenario_name("dose", {"b": 2, "a": 1})
-    assert scenario_name("dose", {"a": 1}) != scenario_name("dose", {"a": 2})
 
 
 def test_every_task_of_the_project_says_what_is_held_out() -> None:
