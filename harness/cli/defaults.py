@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -198,6 +199,9 @@ def _check_out(out: Path, export: Path | None) -> None:
         raise UserError(f"--out must be a file, got the folder {out}")
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out must end in .yaml, got {out}")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):  # said now, not after all trainings
+        raise UserError(f"--out {out} cannot be written: {folder} is no folder that may be written to")
     if export is not None and export.exists() and not export.is_dir():
         raise UserError(f"--export must be a folder, got the file {export}")
 

@@ -17,6 +17,8 @@ from ruamel.yaml import YAML
 
 from harness.cli.defaults import parse_guards, parse_objective
 from harness.cli.main import main
+from harness.defaults.record import why, would_change
+from harness.defaults.session import Request, find_default
 from harness.errors import UserError
 from harness.jobs import EndedTrial, TrialSpec
 from harness.plan import load_plan
@@ -221,6 +223,7 @@ def test_what_was_decided_is_the_next_current_default(
     assert found["decision"]["calibration"]["applied"] is False
 
 
+@pytest.mark.slow
 def test_the_same_evidence_decides_the_same(
     run: Path, current: Path, decided: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -231,6 +234,53 @@ def test_the_same_evidence_decides_the_same(
     for name in ("outcome", "changes", "figures", "neighbours", "calibration", "seeds"):
         assert first["decision"][name] == second["decision"][name]
     assert first["config"] == second["config"]
+
+
+def test_a_challenger_on_a_cliff_does_not_become_the_default(make_run: MakeRun, current: Path) -> None:
+    """A better config of which three times the threshold would leave few answers is found out, and told."""
+    steep = {**GOOD, "tau_train_min": 0.95, "tau_train_max": 0.95, "tau_infer": 0.3}
+    run = make_run("steep", [steep, POOR])
+    request = Request(
+        run=run,
+        objective=parse_objective("charged_error"),
+        seeds=5,
+        holdout=("none",),
+        current=current,
+        guards=(),
+    )
+    found = find_default(request, lambda text: None)
+    assert not found.changed
+    assert found.confirmation is None
+    (first, second) = found.around  # then that of the current default, as a warning
+    assert "tau_infer" in {cliff.neighbour.knob for cliff in first.cliffs}
+    assert second.candidate is found.candidates.current
+    assert "stood on a cliff" in why(found)
+    assert any("without its cliff" in line for line in would_change(found))
+
+
+def test_a_challenger_that_fails_a_guard_is_passed_over(
+    make_run: MakeRun, current: Path, tmp_path: Path
+) -> None:
+    """A better config of many more weights is not confirmed where weights are guarded; the file says so."""
+    run = make_run("wide", [{**GOOD, "hidden_width": 64}, POOR])
+    out = tmp_path / "defaults.yaml"
+    options = ["--seeds", "5", "--holdout", "none", "--current", str(current), "--guard", "parameters=1.5"]
+    assert main(["defaults", str(run), "--out", str(out), *options]) == 0
+    told = read(out)["decision"]
+    assert told["outcome"] == "kept"
+    assert told["confirmation"] is None
+    assert "failed in a guarded figure" in told["why"]
+    assert "parameters is worse" in told["alternatives"][1]["passed_over"]
+
+
+def test_a_file_that_cannot_be_written_is_said_at_once(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is trained: a folder in its place, a file as its folder, another ending."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for out in (tmp_path, tmp_path / "file" / "defaults.yaml", tmp_path / "defaults.txt"):
+        assert main(["defaults", str(run), "--out", str(out)]) == 2
+        assert "--out" in capsys.readouterr().err
 
 
 def test_no_held_out_data_is_said_or_asked_for(
