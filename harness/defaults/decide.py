@@ -193,8 +193,8 @@ def scores_of(values: Floats, scenarios: Sequence[str], metric: Metric, referenc
         block = values[:, names == name]
         if not np.isfinite(block).any():
             continue
-        own = block[reference] if np.isfinite(block[reference]).all() else np.nanmedian(block, axis=0)
-        own = own[np.isfinite(own)]
+        own = block[reference][np.isfinite(block[reference])]
+        own = own if own.size else np.array([np.nanmedian(block)])
         if compare_of(metric) == DIFFERENCE:
             found = block - own.mean()
         elif np.nanmin(block) >= 0.0:

@@ -6,6 +6,7 @@ the same trainings. What is decided from the figures is in `decide`; here is wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -211,10 +212,7 @@ def _choose(
         if index and lost and worth[index]:
             troubles[name] = f"no better than abstaining everywhere in {', '.join(lost)}"
             worth[index] = False
-    cost = [
-        (_parameters(measured, name), round(float(np.log(max(np.nanmedian(times[name]), 1e-9))), 1))
-        for name in configs
-    ]
+    cost = [(_parameters(measured, name), _rounded_time(times[name])) for name in configs]
     prior = [one.prior for one in candidates.held]
     choice = choose(
         scores, measured.scenarios, current=0, eligible=worth, prior=prior, cost=cost, rules=request.rules
@@ -225,6 +223,12 @@ def _choose(
 def _lost(worthless: np.ndarray, measured: Measured, scenario: str) -> bool:
     """Whether most trials of a scenario are no better than abstaining."""
     return float(worthless[np.asarray(measured.scenarios) == scenario].mean()) > 0.5
+
+
+def _rounded_time(times: Floats) -> float:
+    """The median step time in steps of a tenth of its logarithm: less is a clock's noise."""
+    known = times[np.isfinite(times) & (times > 0)]
+    return round(math.log(float(np.median(known))), 1) if known.size else math.inf
 
 
 def _parameters(measured: Measured, name: str) -> float:

@@ -294,6 +294,10 @@ def test_scores_of_what_is_not_finite_are_nan_and_no_others(bad: float) -> None:
     scores = scores_of(values, SCENARIOS, ERROR, 0)
     assert np.isnan(scores[0, 0])
     assert np.isfinite(scores[1:]).all()
+    values[:, 1] = bad
+    assert np.isnan(scores_of(values, SCENARIOS, ERROR, 0)[:, 1]).all()
+    values[0] = bad
+    assert np.isfinite(scores_of(values, SCENARIOS, ERROR, 0)[1:, 2:]).all()
     assert (scores[2] < scores[1]).all()
 
 
