@@ -290,6 +290,7 @@ def _neighbours_of(found: Found, index: int, bench: Bench) -> Around:
         found.chosen_in.figures(objective.name)[index, here], measured.figures(objective.name), objective
     )
     coverage, worthless = measured.figures("coverage"), measured.worthless()
+    paired = own_scores[: len(measured.blocks)]  # their seeds are the first of the choice's
     tried = []
     for place, (name, one) in enumerate(named.items()):
         why = on_cliff(
@@ -303,7 +304,7 @@ def _neighbours_of(found: Found, index: int, bench: Bench) -> Around:
             own_coverage=own_coverage,
             rules=request.rules,
         )
-        tried.append(Tried(one, float(scores[place].mean() - own_scores.mean()), why))
+        tried.append(Tried(one, float((scores[place] - paired).mean()), why))
     return Around(candidate, tuple(tried), left_out)
 
 
