@@ -60,6 +60,7 @@ bench-quick: setup
 	$(BIN)/python benchmarks/sweep_throughput.py --quick
 	$(BIN)/python benchmarks/peer_counterexamples.py --quick
 	$(BIN)/python benchmarks/ranking_scale.py --quick
+	$(BIN)/python benchmarks/defaults_regret.py --quick
 
 mutation: setup
 	$(BIN)/python benchmarks/mutation.py --quick
