@@ -6,22 +6,13 @@ chosen in `robustness_view`, drawn in `drawing`; every text is escaped.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import pyarrow as pa
-import pyarrow.parquet as pq
-from markupsafe import Markup
-
 from reports.drawing import Chart, Series, draw_lines, short
-from reports.robustness_view import Rows, page_view
+from reports.pages import Rows, read_mapping_part, read_part, render_template, write_page_file
+from reports.robustness_view import page_view
 
 PAGE_FILE = "report.html"
 RUN_PART = "robustness"  # the folder's name inside a run
@@ -33,7 +24,6 @@ PARTS: dict[str, str] = {
     "cells": "cells of the fault matrix",
     "shift": "domain shift",
 }
-_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_page(folder: Path) -> Path:
@@ -46,85 +36,29 @@ def write_page(folder: Path) -> Path:
     problems: dict[str, str] = {}
     for name in PARTS:
         parts[name], problems[name] = read_part(folder / f"{name}.parquet")
-    said, problems["provenance"] = read_provenance(folder / PROVENANCE_FILE)
+    said, problems["provenance"] = read_mapping_part(folder / PROVENANCE_FILE)
     page = render_page(page_view(parts, said), problems, title=_title(folder.resolve()))
     path = folder / PAGE_FILE
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_page_file(path, page)
     return path
-
-
-def read_part(path: Path) -> tuple[Rows | None, str]:
-    """The rows of a file and why there are none, one of which is empty."""
-    if not path.is_file():
-        return None, f"{path.name} is missing"
-    try:
-        with pq.ParquetFile(pa.BufferReader(path.read_bytes()), page_checksum_verification=True) as file:
-            return file.read(use_threads=False).to_pylist(), ""
-    except (pa.ArrowException, OSError) as error:
-        return None, f"{path.name} cannot be read as Parquet: {' '.join(str(error).split())}"
-
-
-def read_provenance(path: Path) -> tuple[Mapping[str, Any] | None, str]:
-    """What robustness.json holds and why there is nothing, one of which is empty."""
-    if not path.is_file():
-        return None, f"{path.name} is missing"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        return None, f"{path.name} cannot be read as JSON: {' '.join(str(error).split())}"
-    return (said, "") if isinstance(said, dict) else (None, f"{path.name} holds no mapping")
 
 
 def render_page(view: Mapping[str, Any], problems: Mapping[str, str], *, title: str) -> str:
     """The page as HTML; `problems` says of each part why it is not there, empty where it is."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"short": short, "shade": shade, "known": _known}
-    environment.tests["known"] = _known
-    css = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    page = environment.get_template("robustness.html").render(
+    return render_template(
+        "robustness.html",
         view=view,
         problems=problems,
         parts=PARTS,
         title=title,
-        css=Markup(css),  # our own file, and hashed as it is
-        style_hash=digest,
         fault_charts=[_fault_charts(figure) for figure in view["faults"] or ()],
         shift_charts=[_shift_charts(figure) for figure in view["shifts"] or ()],
     )
-    # What the loops of the templates leave between elements is a tenth of the page.
-    return "\n".join(line for line in page.split("\n") if line.strip()) + "\n"
-
-
-def shade(share: float | None) -> int:
-    """Which of the shades 0 (all lost) to 10 (all kept) a share has; -1 for none.
-
-    >>> shade(0.0), shade(0.449), shade(1.0), shade(None)
-    (0, 4, 10, -1)
-    """
-    if share is None or not math.isfinite(share):
-        return -1
-    return min(10, max(0, math.floor(share * 10 + 1e-9)))
 
 
 def _title(folder: Path) -> str:
     """The run that was examined, or the folder itself where it is in none."""
     return folder.parent.name if folder.name == RUN_PART else folder.name
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _fault_charts(figure: Mapping[str, Any]) -> list[Chart]:
