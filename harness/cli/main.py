@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command("harness.cli.sweep", "run a plan: draw configs, train them, write rows, rank them"),
     "audit": Command("harness.cli.audit", "name the knobs of a plan that do nothing, before it is run"),
     "rank": Command("harness.cli.rank", "rank the configs of a run"),
+    "report": Command("harness.cli.report", "write a page of a run that needs no network, or Markdown"),
     "robustness": Command(
         "harness.cli.robustness",
         "try laws, faults and shifted data on the best configs of a run, or on a model",
