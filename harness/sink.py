@@ -17,6 +17,7 @@ from reports.history import HISTORY_FOLDER, HistoryWriter
 from reports.provenance import row_provenance
 from reports.rows import ROWS_FOLDER, RowWriter
 from reports.schema import BASE_COLUMNS, CONFIG_PREFIX, OPEN_PREFIXES, history_schema, row_schema
+from search_spaces.identity import config_id, scenario_name
 from trainables.configs import KNOB_TYPES
 
 WRITER = "driver"
@@ -46,6 +47,7 @@ class RunSink:
         self._run_id = run_id
         self._provenance = row_provenance(provenance)
         self._plan_digest = plan_digest(plan)
+        self._scenario = scenario_name(plan.task.name, plan.task.params)
         self._data_digests = data_digests
         schema = row_schema(KNOB_TYPES).append(pa.field(NODE_COLUMN, pa.string()))
         self._rows = RowWriter(out / ROWS_FOLDER, WRITER, schema)
@@ -109,6 +111,8 @@ class RunSink:
             "seed": trial.seed,
             "cohort": trial.cohort,
             "searcher": self._plan.search.algorithm,
+            "scenario": self._scenario,
+            "settings_id": config_id(active),
             "plan_digest": self._plan_digest,
         }
 

@@ -231,6 +231,9 @@ def check_value(field: pa.Field, value: Any) -> Any:
         return value
     if pa.types.is_string(kind) and isinstance(value, str):
         return value
+    if pa.types.is_list(kind) and isinstance(value, list | tuple):
+        inner = pa.field(field.name, kind.value_type)
+        return [check_value(inner, item) for item in value]
     if pa.types.is_timestamp(kind) and isinstance(value, datetime):
         if value.utcoffset() is None:
             raise ValueError(f"column {field.name} must be a time with its zone, got {value!r}")

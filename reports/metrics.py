@@ -31,6 +31,7 @@ METRICS: dict[str, Metric] = {
         Metric("accepted_error", "lower", "task's unit"),
         Metric("charged_error", "lower", "task's unit"),
         Metric("step_time_ms", "lower", "ms"),
+        Metric("curve_area", "lower", "task's unit"),
         Metric("coverage", "higher", "share"),
         Metric("false_accept_rate", "lower", "share"),
         Metric("false_reject_rate", "lower", "share"),

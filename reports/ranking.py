@@ -25,19 +25,22 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import moocore
 import numpy as np
 import pyarrow as pa
 
 from reports.aggregate import Bools, Floats, Ints, Trials, group_trials
+from reports.evidence import RANK_COLUMNS, Blocks, resample_ranks
 from reports.fragments import write_table_atomically
 from reports.metrics import ROBUSTNESS, SHORTFALL, Metric, parse_metric
+from reports.order import Standing, order_configs
 from reports.robustness_scores import INTERVAL
 from reports.schema import nearest_name
 
 LEADERBOARD_FILE = "leaderboard.parquet"
 RANKED_BY_KEY = b"scm_harness.ranked_by"
 NAN_COUNT = Metric("nan_count", "lower", "values")
+# Configs whose ranks are drawn anew from their seeds; those below them keep their places.
+MOST_WEIGHED = 200
 # Of a failed trial's message, what fits on a line beside the rest.
 ERROR_CHARACTERS = 80
 
@@ -103,10 +106,12 @@ def rank(
 
     Columns: rank (from 1), feasible, front (from 1; null for a config ruled out), beats_abstaining (whether
     its mean charged_error is less than its mean trivial_error; null where the rows do not say), why (empty
-    where feasible); with `robustness` (as `reports.robustness_scores.read_robustness` gives it) robustness,
-    robustness_low and robustness_high, NaN for a config without a score; then those of
-    `reports.aggregate.aggregate_configs`. Inside a front, configs with fewer trials gone wrong come first,
-    then `options.ties` decide, then config_id; ruled-out configs follow in the same order.
+    where feasible); rank_low, rank_high, p_best and p_front, how sure that is (`reports.evidence`; null for
+    all but the first `MOST_WEIGHED` and for runs of one seed); with `robustness` (as
+    `reports.robustness_scores.read_robustness` gives it) robustness, robustness_low and robustness_high, NaN
+    for a config without a score; then those of `reports.aggregate.aggregate_configs`. Inside a front, configs
+    with fewer trials gone wrong come first, then `options.ties` decide, then config_id; ruled-out configs
+    follow in the same order.
 
     Raises ValueError where the rows lack a column that the options name, where they name robustness and there
     is none, and as `aggregate_configs` does.
@@ -127,20 +132,12 @@ def rank(
             charged[metric.name] = np.where(np.isfinite(scores[ROBUSTNESS]), -scores[ROBUSTNESS], np.inf)
         elif metric.name not in charged:
             charged[metric.name] = _charged_mean(trials, metric, gone_wrong)
-    objectives = [_as_compared(charged[metric.name], metric, options) for metric in options.objectives]
     unscored = np.zeros(trials.configs, dtype=bool)
     if any(metric.name == ROBUSTNESS for metric in options.objectives):
         unscored = np.isinf(charged[ROBUSTNESS])
     beats = _beats_abstaining(trials)
-    kind = np.where(number_wrong > 0, 4, 2 * (beats == 0) + unscored)
-    front = np.zeros(trials.configs, dtype=np.int64)
-    for which in range(5):
-        those = feasible & (kind == which)
-        if those.any():
-            front[those] = front.max() + 1 + pareto_fronts(np.column_stack(objectives)[those])
-    ties = [charged[metric.name] for metric in options.ties]
-    # The last key of lexsort decides first; it is stable, and configs stand by config_id.
-    order = np.lexsort((*reversed(ties), number_wrong, front, ~feasible))
+    standing = _stand(charged, options, feasible, number_wrong, beats, unscored)
+    front, order = order_configs(standing)
 
     why = _reasons(trials, wrong, nan_count, feasible, options)
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
@@ -150,26 +147,12 @@ def rank(
         "beats_abstaining": pa.array(beats[order] != 0, mask=np.isnan(beats[order])),
         "why": pa.array([why[index] for index in order], type=pa.string()),
     }
+    columns |= _confidence(trials, options, charged, gone_wrong, standing, order)
     if robustness is not None:
         columns |= {name: pa.array(values[order]) for name, values in scores.items()}
     configs = trials.aggregate().take(pa.array(order))
     columns |= {name: configs.column(name) for name in configs.column_names}
     return pa.table(columns).replace_schema_metadata({RANKED_BY_KEY: _ranked_by(options)})
-
-
-def pareto_fronts(points: Floats) -> Ints:
-    """The front of every point, lower being better in every column: 0 where no point dominates it.
-
-    `points` is (n, objectives) and may hold infinities, not NaN (ValueError). Equal points share a front.
-
-    >>> pareto_fronts(np.array([[1.0, 2.0], [2.0, 1.0], [2.0, 2.0]])).tolist()
-    [0, 0, 1]
-    """
-    if np.isnan(points).any():
-        raise ValueError("points must not hold NaN; write a missing value as inf")
-    # Dominance depends on order alone; dense ranks are exact and know no infinity.
-    ranks = [np.unique(column, return_inverse=True)[1].astype(np.float64) for column in points.T]
-    return np.asarray(moocore.pareto_rank(np.column_stack(ranks)), dtype=np.int64)
 
 
 def write_leaderboard(run: Path, leaderboard: pa.Table) -> Path:
@@ -220,11 +203,16 @@ def _find_wrong(trials: Trials, options: RankingOptions) -> list[tuple[str, Bool
     return found
 
 
-def _charged_mean(trials: Trials, metric: Metric, gone_wrong: Bools) -> Floats:
+def _charged(trials: Trials, metric: Metric, gone_wrong: Bools) -> Floats:
+    """The metric of each trial, lower being better, infinite where it went wrong."""
     values = trials.floats(metric.name)
     if metric.direction == "higher":
         values = -values
-    values = np.where(gone_wrong | ~np.isfinite(values), np.inf, values)
+    return np.where(gone_wrong | ~np.isfinite(values), np.inf, values)
+
+
+def _charged_mean(trials: Trials, metric: Metric, gone_wrong: Bools) -> Floats:
+    values = _charged(trials, metric, gone_wrong)
     with np.errstate(over="ignore"):  # a mean of values near the largest float is as bad as the worst
         mean = trials.total(values) / trials.counts
     return np.where(trials.missing() > 0, np.inf, mean)
@@ -235,13 +223,73 @@ def _beats_abstaining(trials: Trials) -> Floats:
 
     It is judged by its trials that know both errors; an infinite charged_error is known.
     """
+    gained = _gained(trials)
+    known = ~np.isnan(gained)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = trials.total(np.where(known, gained, 0.0))
+    return np.where(trials.count(known) > 0, (total > 0).astype(np.float64), np.nan)
+
+
+def _gained(trials: Trials) -> Floats:
+    """By how much each trial is better than no answer at all, NaN where it does not know."""
     if not {"charged_error", "trivial_error"} <= set(trials.rows.column_names):
-        return np.full(trials.configs, np.nan)
+        return np.full(len(trials.rows), np.nan)
     charged, trivial = trials.floats("charged_error"), trials.floats("trivial_error")
     known = ~np.isnan(charged) & np.isfinite(trivial)
     with np.errstate(over="ignore", invalid="ignore"):
-        gained = trials.total(np.where(known, trivial - charged, 0.0))
-    return np.where(trials.count(known) > 0, (gained > 0).astype(np.float64), np.nan)
+        return np.where(known, trivial - charged, np.nan)
+
+
+def _stand(
+    charged: dict[str, Floats],
+    options: RankingOptions,
+    feasible: Bools,
+    number_wrong: Ints,
+    beats: Floats,
+    unscored: Bools,
+) -> Standing:
+    """What orders the configs, from the means of their metrics."""
+    compared = [_as_compared(charged[metric.name], metric, options) for metric in options.objectives]
+    return Standing(
+        feasible=feasible,
+        number_wrong=number_wrong,
+        kind=np.where(number_wrong > 0, 4, 2 * (beats == 0) + unscored).astype(np.int64),
+        objectives=np.column_stack(compared),
+        ties=np.column_stack([charged[metric.name] for metric in options.ties]),
+    )
+
+
+def _confidence(
+    trials: Trials,
+    options: RankingOptions,
+    charged: dict[str, Floats],
+    gone_wrong: Bools,
+    standing: Standing,
+    order: Ints,
+) -> dict[str, pa.Array]:
+    """The columns that say how sure the ranks of the first configs are; null for all others."""
+    first = order[: min(MOST_WEIGHED, int(standing.feasible.sum()))]
+    blocks = Blocks.of_trials(trials, first)
+    by_seed: dict[str, Floats] = {}
+    for metric in {*options.objectives, *options.ties}:
+        if metric.name in (ROBUSTNESS, NAN_COUNT.name):
+            by_seed[metric.name] = np.broadcast_to(charged[metric.name][first, None], blocks.shape)
+        else:
+            by_seed[metric.name] = blocks.spread(_charged(trials, metric, gone_wrong), missing=np.inf)
+    gained = blocks.spread(_gained(trials), missing=np.nan)
+
+    def stand(drawn: Ints) -> Standing:
+        held = {name: blocks.mean(values, drawn) for name, values in by_seed.items()}
+        unscored = standing.kind[first] % 2 == 1
+        beats = blocks.sign(gained, drawn)
+        wrong = standing.number_wrong[first]
+        return _stand(held, options, np.ones(len(first), dtype=bool), wrong, beats, unscored)
+
+    found = resample_ranks(stand, configs=len(first), blocks=blocks.number)
+    place = np.full(trials.configs, -1)
+    place[first] = np.arange(len(first))
+    indices = pa.array(place[order], mask=place[order] < 0)
+    return {name: found.column(name).combine_chunks().take(indices) for name in RANK_COLUMNS}
 
 
 def _as_compared(values: Floats, metric: Metric, options: RankingOptions) -> Floats:

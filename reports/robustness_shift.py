@@ -5,7 +5,7 @@ Which data are shifted how is decided by the tasks; what a model answers on them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,37 +73,6 @@ def write_shift(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 def read_shift(folder: Path) -> pa.Table:
     """Read `shift.parquet` of a robustness folder; `RunReadError` where it is no such file."""
     return read_fragment(Path(folder) / SHIFT_FILE, kind=SHIFT_KIND)
-
-
-def risk_curve(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Coverages, growing, and the error at each; points without an error say nothing and are left out.
-
-    Of several points of one coverage the largest error stands: a threshold cannot choose among them.
-
-    >>> risk_curve([(1.0, 2.0), (0.5, 1.0), (0.5, 1.5), (0.1, float("nan"))])
-    ([0.5, 1.0], [1.5, 2.0])
-    """
-    worst: dict[float, float] = {}
-    for coverage, error in points:
-        if not (np.isnan(coverage) or np.isnan(error)):
-            worst[coverage] = max(error, worst.get(coverage, -np.inf))
-    coverages = sorted(worst)
-    return coverages, [worst[coverage] for coverage in coverages]
-
-
-def curve_area(coverage: Sequence[float], error: Sequence[float]) -> float:
-    """The mean error over the coverages that a curve spans (trapezoids over its width); NaN without points.
-
-    >>> curve_area([0.5, 1.0], [1.0, 2.0])
-    1.5
-    """
-    if not coverage:
-        return float("nan")
-    x, y = np.asarray(coverage, dtype=np.float64), np.asarray(error, dtype=np.float64)
-    if x[-1] == x[0]:
-        return float(y.mean())
-    with np.errstate(over="ignore"):
-        return float(np.sum(np.diff(x) / (x[-1] - x[0]) * (y[1:] / 2 + y[:-1] / 2)))
 
 
 def lower_auc(values: npt.ArrayLike, marked: npt.ArrayLike) -> float:

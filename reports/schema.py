@@ -57,6 +57,8 @@ IDENTITY_COLUMNS: tuple[Column, ...] = (
     Column("seed", "int64", "seed of the splits, the weights and the shuffling", required=True),
     Column("cohort", "int64", "the search's batch that proposed the config"),
     Column("searcher", "string", "the search algorithm that proposed the config"),
+    Column("scenario", "string", "the task with its parameters: its name, and a hash where it has some"),
+    Column("settings_id", "string", "hash of the config without its task, the same in every scenario"),
 )
 
 OUTCOME_COLUMNS: tuple[Column, ...] = (
@@ -90,6 +92,9 @@ METRIC_COLUMNS: tuple[Column, ...] = (
     Column("target_coverage", "float64", "the coverage asked for", "share"),
     *(Column(c.name, c.type_name, f"{c.meaning}; validation split", c.unit) for c in _DECODED_METRICS),
     *(Column(f"test_{c.name}", c.type_name, f"{c.meaning}; test split", c.unit) for c in _DECODED_METRICS),
+    Column("curve_coverage", "floats", "coverages at thresholds on |Q|, growing; validation split", "share"),
+    Column("curve_error", "floats", "accepted_error at each of them", "task's unit"),
+    Column("curve_area", "float64", "mean of that error over the coverages of the curve", "task's unit"),
 )
 
 PROVENANCE_COLUMNS: tuple[Column, ...] = (

@@ -18,16 +18,18 @@ WIDTH = 120
 GAP = "  "
 INDENT = " " * 13  # under the config's id, so that its knobs read as a part of it
 DEFAULT_METRICS = (SHORTFALL, "accepted_error", "step_time_ms")
+SURE_FROM = 5  # seeds from which on an interval of ranks roughly holds what it promises
 KNOBS_IN_TABLE = 6  # more than that below every config would bury the numbers; the best one alone shows them
 
 
 def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
     """What `reports.ranking.rank` returned, as lines of at most 120 columns, the last without a newline.
 
-    First what was run and how it was ranked, then the `top` best configs (all for None), each with mean ± std
-    over seeds, those that are no better than abstaining everywhere below a line that says so; the knobs that
-    are not the same in every config stand below each config, or, when there are many, below the table for
-    the best one. Then the configs that were ruled out (`top` of them), each with its reason. What is left
+    First what was run and how it was ranked, then the `top` best configs (all for None), each with where its
+    rank lies in 90 % of draws of seeds, how often it is the best there, and mean ± std over seeds; those that
+    are no better than abstaining everywhere below a line that says so; the knobs that are not the same in
+    every config stand below each config, or, when there are many, below the table for the best one. Then the
+    configs that were ruled out (`top` of them), each with its reason. What is left
     out is counted. Ids and names are never cut.
     """
     if len(table) == 0:
@@ -77,6 +79,15 @@ def _summary(table: pa.Table, feasible: int) -> list[str]:
     if said:
         text = f"fronts over {', '.join(said['by'])}; ties by {', '.join([*said['ties'], 'config_id'])}"
         lines += _wrap(f"{text}; nan_count at most {said['nan_budget']}")
+    if "rank_low" in table.column_names and table.column("rank_low").null_count < len(table):
+        seeds = max(
+            map(
+                sum,
+                zip(*(table.column(f"n_{what}").to_pylist() for what in ("trials", "missing")), strict=True),
+            )
+        )
+        few = "" if seeds >= SURE_FROM else f", which are few: {SURE_FROM} and more would say more"
+        lines += _wrap(f"in 90%, best: where a rank lies, and how often first, by drawing {seeds} seeds{few}")
     return lines
 
 
@@ -84,6 +95,7 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
     entries = configs.to_pylist()
     columns = [
         ["rank", *(str(entry["rank"]) for entry in entries)],
+        *_confidence(entries),
         ["front", *(str(entry["front"]) for entry in entries)],
         ["config", *(entry["config_id"] for entry in entries)],
         ["nan_count", *(str(entry["nan_count"]) for entry in entries)],
@@ -101,8 +113,8 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
     lines = []
     for row in range(len(entries) + 1):
         cells = []
-        for index, column in enumerate(columns):
-            left = index == 2  # the id; all else are numbers
+        for column in columns:
+            left = column[0] == "config"  # the id; all else are numbers
             cells.append(column[row].ljust(_width(column)) if left else column[row].rjust(_width(column)))
         lines += _heading(entries[row - 2] if row > 1 else {}, entries[row - 1]) if row else []
         lines.append(GAP.join(cells).rstrip())
@@ -113,6 +125,18 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
             if said:
                 lines += _wrap(" ".join(said), first=INDENT, rest=INDENT)
     return lines
+
+
+def _confidence(entries: list[dict[str, Any]]) -> list[list[str]]:
+    """The columns that say how sure the ranks are; none of a run of one seed."""
+    if not any(entry.get("rank_low") for entry in entries):
+        return []
+    ranges, chances = ["in 90%"], ["best"]
+    for entry in entries:
+        low, high, best = entry["rank_low"], entry["rank_high"], entry["p_best"]
+        ranges.append("-" if low is None else str(low) if low == high else f"{low}-{high}")
+        chances.append("-" if best is None else f"{best:.0%}")
+    return [ranges, chances]
 
 
 def _heading(above: dict[str, Any], entry: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CONFIG_ID_DIGITS = 12
+SCENARIO_DIGITS = 8
 _AS_IT_IS = frozenset({bool, int, str})
 
 
@@ -44,6 +45,15 @@ def trial_id(config_id: str, seed: int) -> str:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an integer, got {seed=!r}")
     return f"{config_id}-s{seed}"
+
+
+def scenario_name(task: str, params: Mapping[str, Any]) -> str:
+    """The name of a task with these parameters: the task's alone where it has none, else with their hash.
+
+    >>> scenario_name("dose", {}), scenario_name("dose", {"size": "quick"})
+    ('dose', 'dose-b4f74e00')
+    """
+    return f"{task}-{config_id(params)[:SCENARIO_DIGITS]}" if params else task
 
 
 def _canonical(value: object, where: str) -> Any:

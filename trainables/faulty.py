@@ -28,8 +28,8 @@ from scm.training.targets import SEMANTIC, STATUS_CODES, SemanticTargets, lift_s
 from scm.trial import Decoded, decode_split
 from scm.trial_config import TrialConfig
 from trainables.lane_states import AloneState, LaneState, pack_folder, unpack_folder
+from trainables.scoring import metric_columns
 from trainables.tasks.protocol import LossFn, Task
-from trainables.trial import metric_columns
 
 _NON_FINITE = (math.nan, math.inf, -math.inf)
 _SHARE_OF_OUTLIERS = 0.02

@@ -27,8 +27,9 @@ from scm.packed.engine import PackedTrainer, Programs
 from scm.packed.lanes import Entrant, FirstModels, NotPackable, PackTrial
 from scm.packed.reports import PackEpoch
 from scm.trial import Decoded
-from scm.trial_config import KNOBS
+from scm.trial_config import KNOBS, TrialConfig
 from trainables.configs import parse_config
+from trainables.curves import curve_columns, risk_points, smallest_tau
 from trainables.lane_states import (
     AloneState,
     LaneState,
@@ -37,10 +38,10 @@ from trainables.lane_states import (
     split_state,
     unpack_folder,
 )
+from trainables.scoring import NAN, score_many
 from trainables.step_timing import step_parts, time_parts
 from trainables.tasks.protocol import Task
 from trainables.trial import (
-    NAN,
     TELEMETRY_PREFIX,
     TrialRun,
     abstaining,
@@ -48,7 +49,6 @@ from trainables.trial import (
     empty_outcome,
     error_line,
     failed_outcome,
-    metric_columns,
 )
 
 Load = Callable[[int], tuple[Task, Mapping[str, Split]]]
@@ -376,12 +376,14 @@ class _Together:
             those = [*ending, *pausing.values()]
             tested = self._measure("test", those)
             trivial = {name: self._measure(name, those, abstain=True) for name in ("val", "test")}
+            curves = self._curves(those)
             for seat in those:
                 key = seat.member.trial_id
-                outcomes[key] = self._outcome(seat, tested[key]) | {
+                trivial_errors = {
                     f"{prefix}trivial_error": _charged_error(trivial[name][key])
                     for name, prefix in (("val", ""), ("test", "test_"))
                 }
+                outcomes[key] = self._outcome(seat, tested[key]) | trivial_errors | curves[key]
         told = []
         for seat in self.seats:
             key = seat.member.trial_id
@@ -451,16 +453,44 @@ class _Together:
             decoded = abstaining(decoded)
         places = {key: place for place, key in enumerate(answers.keys)}
         coverage = (1.0 - answers.bottom.flatten(1).to(torch.float64).mean(1)).tolist()
-        by_split: dict[int, list[_Seat]] = {}
-        for seat in seats:
-            by_split.setdefault(id(seat.splits[name]), []).append(seat)
         measured: dict[str, tuple[dict[str, float], float] | BaseException] = {}
-        for alike in by_split.values():
+        for alike in _of_one_split(seats, name):
             rows = [places[seat.member.trial_id] for seat in alike]
-            for seat, row, found in zip(alike, rows, _score(alike, decoded, rows, name), strict=True):
+            place = torch.tensor(rows)
+            own = Decoded(*(item.index_select(0, place) for item in decoded if item is not None))
+            scored = score_many(alike[0].task, alike[0].splits[name], _configs(alike), own)
+            for seat, row, found in zip(alike, rows, scored, strict=True):
                 key = seat.member.trial_id
                 measured[key] = found if isinstance(found, BaseException) else (found, coverage[row])
         return measured
+
+    def _curves(self, seats: Sequence[_Seat]) -> dict[str, dict[str, Any]]:
+        """Return of some trials the curve of error against coverage on the validation split, as columns."""
+        assert self._trainer is not None
+        assert seats[0].entrant is not None
+        weights = next(seats[0].entrant.model.parameters())
+        answers = self._trainer.decode("val", tau=smallest_tau(weights.dtype))
+        places = {key: place for place, key in enumerate(answers.keys)}
+        curves: dict[str, dict[str, Any]] = {}
+        for alike in _of_one_split(seats, "val"):
+            place = torch.tensor([places[seat.member.trial_id] for seat in alike])
+            own = Decoded(*(item.index_select(0, place) for item in answers[1:]))
+            points = risk_points(alike[0].task, alike[0].splits["val"], _configs(alike), own)
+            for seat, found in zip(alike, points, strict=True):
+                curves[seat.member.trial_id] = curve_columns(found)
+        return curves
+
+
+def _of_one_split(seats: Sequence[_Seat], name: str) -> list[list[_Seat]]:
+    """Return trials in groups that are scored on the same split."""
+    by_split: dict[int, list[_Seat]] = {}
+    for seat in seats:
+        by_split.setdefault(id(seat.splits[name]), []).append(seat)
+    return list(by_split.values())
+
+
+def _configs(seats: Sequence[_Seat]) -> list[TrialConfig]:
+    return [seat.entrant.trial.config for seat in seats if seat.entrant is not None]
 
 
 def _charged_error(measured: tuple[dict[str, float], float] | BaseException) -> float:
@@ -469,36 +499,6 @@ def _charged_error(measured: tuple[dict[str, float], float] | BaseException) -> 
 
 # What an epoch says beside what an outcome does.
 _OF_AN_EPOCH = ("epoch", "lr", "step_time_ms", "nan_count", "loss", "val_loss")
-
-
-def _score(
-    seats: Sequence[_Seat], decoded: Decoded, rows: Sequence[int], name: str
-) -> list[dict[str, float] | BaseException]:
-    """Score trials of one split, in one call where the task has a method for it."""
-    task, split = seats[0].task, seats[0].splits[name]
-    configs = [seat.entrant.trial.config for seat in seats if seat.entrant is not None]
-    together = getattr(task, "pack_metrics", None)
-    if together is not None:
-        place = torch.tensor(rows)
-        try:
-            many = together(
-                Decoded(*(item.index_select(0, place) for item in decoded if item is not None)),
-                split,
-                configs,
-            )
-            return [metric_columns(metrics, task.name) for metrics in many]
-        except (Exception, SystemExit):  # one of them may be at fault: below it is seen which
-            pass
-    found: list[dict[str, float] | BaseException] = []
-    for config, row in zip(configs, rows, strict=True):
-        try:
-            metrics = task.metrics(
-                Decoded(*(item[row] for item in decoded if item is not None)), split, config
-            )
-            found.append(metric_columns(metrics, task.name))
-        except (Exception, SystemExit) as error:  # what a task raises is the outcome of that trial
-            found.append(error)
-    return found
 
 
 class _Alone:

@@ -19,16 +19,17 @@ from scm.data import Split
 from scm.inference.strict import InferenceConfig, strict_inference
 from scm.seeding import generator, seeded_init
 from scm.trial import Decoded
+from trainables.curves import risk_points, smallest_tau
+from trainables.scoring import STANDARD_METRICS, metric_columns
 from trainables.tasks.protocol import POLE_DISTANCE, task_shifts
 from trainables.trained import Trained
-from trainables.trial import STANDARD_METRICS, metric_columns
 
 BY_TASK, BY_DATA = "task", "data"
 UNSHIFTED = "none"
 LEFT_OUT = (0.5, 0.75, 0.9)
 NOISES = (0.05, 0.1, 0.2, 0.5)  # in standard deviations of each input column
 LEAST_ROWS = 8  # of fewer rows with a value, an error says nothing
-_CURVE_SHARES = np.linspace(0.0, 0.95, 20)
+_CURVE_LEVELS = 20
 _MOST_BOTTOMS = 2_000  # training rows that distances are taken to
 _BATCH = 4_096
 
@@ -91,12 +92,9 @@ def answer_split(trained: Trained, split: Split) -> Answered:
     decoded = _decode(outputs, settings.tau_infer)
     certainty = _rows(decoded.q_abs.to(torch.float64), split).amin(dim=1)
     certainty = torch.where(_rows(decoded.fault, split).any(dim=1), -1.0, certainty)
-    sound = certainty[certainty >= 0].numpy()
-    curve = []
-    for tau in np.unique(np.quantile(sound, _CURVE_SHARES, method="lower")) if sound.size else ():
-        at_tau = _decode(outputs, max(float(tau), float(torch.finfo(outputs[1].dtype).tiny)))
-        scores = _scores(trained, at_tau, split)
-        curve.append((scores["coverage"], scores["accepted_error"]))
+    lenient = _decode(outputs, smallest_tau(outputs[1].dtype))
+    many = Decoded(*(item[None] for item in lenient if item is not None))
+    curve = risk_points(trained.task, split, [settings], many, levels=_CURVE_LEVELS)[0]
     distance = split.extras.get(POLE_DISTANCE)
     return Answered(
         metrics=_scores(trained, decoded, split),

@@ -15,8 +15,9 @@ from scm.packed.lanes import Entrant
 from scm.training.bench import WARM_UP_STEPS
 from scm.training.companion import Moment
 from scm.trial_config import TrialConfig
+from trainables.scoring import NAN
 from trainables.tasks.protocol import Task
-from trainables.trial import NAN, make_task_trainer
+from trainables.trial import make_task_trainer
 
 # Steps of a brief training alone, the first of which warm up.
 TIMED_STEPS = 18

@@ -21,7 +21,9 @@ from scm.seeding import seeded_init
 from scm.trial import Decoded, decode_split, make_trainer
 from scm.trial_config import TrialConfig
 from trainables.configs import resolve_config
-from trainables.tasks.protocol import Task, TaskError, check_metrics, check_splits, task_symmetries
+from trainables.curves import curve_columns, empty_curve, risk_points, smallest_tau
+from trainables.scoring import NAN, STANDARD_METRICS, metric_columns
+from trainables.tasks.protocol import Task, TaskError, check_splits, task_symmetries
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,12 +31,6 @@ if TYPE_CHECKING:
     from scm.training.companion import AnyCompanion
     from scm.training.trainer import SCMTrainer
 
-STANDARD_METRICS: tuple[str, ...] = (
-    "accepted_error",
-    "charged_error",
-    "false_accept_rate",
-    "false_reject_rate",
-)
 HISTORY_KEYS: tuple[str, ...] = (
     "epoch",
     "loss",
@@ -47,7 +43,6 @@ HISTORY_KEYS: tuple[str, ...] = (
 )
 TELEMETRY_PREFIX = "telemetry."
 _NAN_KINDS: tuple[str, ...] = ("loss", "gradient", "output", "parameter")
-NAN = float("nan")
 # What of a trial is saved besides its trainer: the name in the file, and the attribute.
 _SAVED: dict[str, str] = {
     "config": "config",
@@ -113,18 +108,6 @@ def error_line(error: BaseException) -> str:
     ]
     place = f" ({Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
     return line[:500] + place
-
-
-def metric_columns(metrics: object, where: str) -> dict[str, float]:
-    """Name what a task measured as the columns of a row do; `TaskError` where it is not what it must be."""
-    check_metrics(metrics, where)
-    assert isinstance(metrics, dict)
-    columns = {
-        key if key in STANDARD_METRICS else f"metric.{key}": float(value) for key, value in metrics.items()
-    }
-    for key in STANDARD_METRICS:
-        columns.setdefault(key, NAN)
-    return columns
 
 
 def abstaining(decoded: Decoded) -> Decoded:
@@ -312,6 +295,16 @@ class TrialRun:
         assert self._trainer is not None
         return decode_split(self._trainer.model, self._splits[name], tau_infer=self._settings.tau_infer)
 
+    def _curve(self) -> dict[str, Any]:
+        """Return the curve of error against coverage on the validation split, as columns."""
+        assert self._trainer is not None
+        model, split = self._trainer.model, self._splits["val"]
+        tau = smallest_tau(next(model.parameters()).dtype)
+        many = Decoded(
+            *(item[None] for item in decode_split(model, split, tau_infer=tau) if item is not None)
+        )
+        return curve_columns(risk_points(self.task, split, [self._settings], many)[0])
+
     def _score(self, name: str, decoded: Decoded) -> tuple[dict[str, float], float]:
         """Return the metrics of decoded answers by column name, and their coverage."""
         metrics = self.task.metrics(decoded, self._splits[name], self._settings)
@@ -338,6 +331,7 @@ class TrialRun:
             outcome[f"{prefix}coverage"] = coverage
             outcome |= {f"{prefix}{key}": value for key, value in metrics.items()}
             outcome[f"{prefix}trivial_error"] = self._score_abstaining(name, decoded)
+        outcome |= self._curve()
         status, reason = self._trainer.status, self._trainer.stop_reason
         if status == "running":
             status, reason = "stopped", self._stop_reason
@@ -398,4 +392,5 @@ def empty_outcome(config: Mapping[str, Any]) -> dict[str, Any]:
         "target_coverage": float(target) if isinstance(target, (int, float)) else NAN,
         **dict.fromkeys(measured, NAN),
         **{f"test_{name}": NAN for name in measured},
+        **empty_curve(),
     }

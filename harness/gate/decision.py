@@ -375,7 +375,7 @@ class _Tested:
             for one, two in zip(self.pairs.base, self.pairs.candidate, strict=True)
         )
         more = f"; {lost} seeds have no finite value any more" if lost else ""
-        return f"{what}, by a chance of {self.chance:.2g}{more}"
+        return f"surely {what} (p = {self.chance:.2g}){more}"
 
 
 def _same(one: float, two: float) -> bool:

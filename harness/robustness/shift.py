@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from reports.robustness_shift import (
-    curve_area,
     lower_auc,
     rank_correlation,
-    risk_curve,
     share_of,
 )
+from trainables.curves import curve_area, risk_curve
+from trainables.scoring import STANDARD_METRICS
 from trainables.shifted import (
     BY_TASK,
     UNSHIFTED,
@@ -28,7 +28,7 @@ from trainables.shifted import (
     shift_identity,
 )
 from trainables.trained import Trained
-from trainables.trial import STANDARD_METRICS, error_line
+from trainables.trial import error_line
 
 NEAR_SHARE = 0.1
 """A row is near a pole when a tenth of the data that are not shifted are as near."""

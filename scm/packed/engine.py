@@ -186,11 +186,14 @@ class PackedTrainer:
                 own_said |= control_telemetry(state)
         return said
 
-    def decode(self, name: str) -> PackDecoded:
+    def decode(self, name: str, *, tau: float | None = None) -> PackDecoded:
         """Return the strict answers of all trials on a split, in its order, each at its own tau_infer.
 
-        The weights are those of now: of a trial that has ended with `restore_best`, the best ones.
+        With `tau`, all at that one. The weights are those of now: of a trial that has ended with
+        `restore_best`, the best ones.
         """
+        if tau is not None:
+            return self._decode(name, tau)
         if name not in self._answers:
             self._answers[name] = self._decode(name)
         return self._answers[name]
@@ -546,7 +549,7 @@ class PackedTrainer:
                 seats.weights[place] = best
                 self._answers.clear()
 
-    def _decode(self, name: str) -> PackDecoded:
+    def _decode(self, name: str, tau: float | None = None) -> PackDecoded:
         seats = self._seats
         if seats is None:
             raise ValueError("a pack must hold a trial to be decoded, it holds none")
@@ -557,7 +560,8 @@ class PackedTrainer:
                 self._still("answer", seats, split, rows, told)
                 for rows in torch.arange(split.rows).split(_VALIDATION_ROWS)
             ]
-            answers = [decode_rows(item["P"], item["Q"], seats.taus) for item in made]
+            taus = seats.taus if tau is None else [tau] * len(seats.taus)
+            answers = [decode_rows(item["P"], item["Q"], taus) for item in made]
         return PackDecoded.joined(self.keys, answers)
 
 

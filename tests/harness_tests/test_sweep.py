@@ -24,6 +24,7 @@ from reports.fragments import FRAGMENT_ROWS
 from reports.history import read_history
 from reports.rows import RowWriter, read_rows
 from reports.schema import missing_columns
+from search_spaces.identity import scenario_name
 from trainables.trial import empty_outcome
 
 OWN_TASK = """
@@ -84,6 +85,8 @@ def test_a_sweep_from_the_command_line(
     assert None not in rows.column("node_id").to_pylist()
     assert None not in rows.column("started_at").to_pylist()
     assert sorted(rows.column("config.hidden_width").to_pylist()) == [8] * 8
+    assert len(set(rows.column("settings_id").to_pylist())) == 4
+    assert set(rows.column("scenario").to_pylist()) == {scenario_name("table", load_plan(plan).task.params)}
     history = read_history(out)
     assert len(history) == 8 * 4
     assert plan_digest(load_plan(out / "plan.yaml")) == plan_digest(load_plan(plan))
@@ -233,3 +236,23 @@ def test_a_config_that_has_ended_leaves_its_names_and_little_else(
     tracemalloc.stop()
     assert tally.done == 3 * FRAGMENT_ROWS
     assert (last - first) / (2 * FRAGMENT_ROWS) < 500
+
+
+def test_the_same_settings_are_recognised_in_another_scenario(
+    write_plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two tasks share no config_id and no scenario; what their configs share is the id of the settings."""
+    tasks: list[dict[str, Any]] = [{"name": "dose"}, {"name": "dose", "size": "quick"}]
+    runs = []
+    for index, task in enumerate(tasks):
+        plan = load_plan(write_plan(f"{index}.yaml", task=task))
+        sink = RunSink(tmp_path / str(index), plan, run_id="r", provenance={}, data_digests={})
+        proposer = SearchProposer(plan)
+        specs = [*proposer.next_batch(), *proposer.next_batch()]
+        runs.append([sink.row(EndedTrial(spec, {"status": "completed"}, {}, {})) for spec in specs])
+    one, other = ({name: [row[name] for row in run] for name in run[0]} for run in runs)
+    assert one["settings_id"] == other["settings_id"]
+    assert len(set(one["settings_id"])) == 4
+    assert not set(one["config_id"]) & set(other["config_id"])
+    assert set(one["scenario"]) == {"dose"}
+    assert set(other["scenario"]) == {"dose-b4f74e00"}

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from reports.ranking import RANKED_BY_KEY, RankingOptions, pareto_fronts, rank, write_leaderboard
+from reports.evidence import RANK_COLUMNS
+from reports.order import pareto_fronts
+from reports.ranking import MOST_WEIGHED, RANKED_BY_KEY, RankingOptions, rank, write_leaderboard
 
 SEEDS = (0, 1)
 ROW_TYPES = pa.schema(
@@ -453,3 +455,63 @@ def test_robustness_that_was_not_measured_cannot_be_an_objective():
         ValueError, match="no config has a robustness yet: run `scm-harness robustness RUN` first"
     ):
         rank(table_of([row("a")]), RankingOptions(by=("robustness",)))
+
+
+# --- how sure a rank is -------------------------------------------------------------------------------
+
+
+def confidence(table: pa.Table) -> list[tuple]:
+    names = ("config_id", *RANK_COLUMNS)
+    return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_rows_changes_no_confidence(random):
+    rows = table_of(
+        [
+            row(f"c{config}", seed, accepted_error=error, step_time_ms=1.0)
+            for config, errors in enumerate([(1.0, 2.0, 3.0), (2.0, 2.0, 2.0), (3.0, 1.0, 2.5)])
+            for seed, error in enumerate(errors)
+        ]
+    )
+    turned = list(range(len(rows)))
+    random.shuffle(turned)
+    assert confidence(rank(rows.take(turned))) == confidence(rank(rows))
+
+
+def test_a_run_of_one_seed_says_nothing_of_its_ranks():
+    held = rank(table_of([row("a"), row("b")]))
+    assert [held.column(name).null_count for name in RANK_COLUMNS] == [2, 2, 2, 2]
+
+
+def test_what_is_ruled_out_has_no_rank_to_be_sure_of():
+    held = rank(table_of([row(name, seed, nan_count=int(name == "b")) for name in "ab" for seed in range(3)]))
+    assert confidence(held) == [("a", 1, 1, 1.0, 1.0), ("b", None, None, None, None)]
+
+
+def test_a_config_that_wins_by_one_seed_is_not_surely_first():
+    errors = {"lucky": (0.1, 2.0, 2.0, 2.0, 2.0), "steady": (1.8, 1.8, 1.8, 1.8, 1.8)}
+    held = rank(
+        table_of(
+            [row(name, seed, accepted_error=e) for name, es in errors.items() for seed, e in enumerate(es)]
+        )
+    )
+    first = held.to_pylist()[0]
+    assert first["config_id"] == "lucky"
+    assert (first["rank_low"], first["rank_high"]) == (1, 2)
+    assert first["p_best"] == pytest.approx(1 - (4 / 5) ** 5)
+
+
+def test_two_hundred_configs_are_weighed_in_no_time_and_the_others_not_at_all():
+    source = np.random.default_rng(0)
+    held = rank(
+        table_of(
+            [
+                row(f"c{config:03}", seed, accepted_error=float(error))
+                for config in range(MOST_WEIGHED + 5)
+                for seed, error in enumerate(source.uniform(1, 2, 7))
+            ]
+        )
+    )
+    assert held.column("rank_low").null_count == 5
+    assert held.column("p_best").slice(0, MOST_WEIGHED).null_count == 0

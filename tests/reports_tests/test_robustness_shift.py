@@ -15,11 +15,9 @@ from scipy import stats
 
 from reports.fragments import RunReadError
 from reports.robustness_shift import (
-    curve_area,
     lower_auc,
     rank_correlation,
     read_shift,
-    risk_curve,
     share_of,
     shift_schema,
     write_shift,
@@ -71,25 +69,6 @@ def test_rank_correlation_is_spearmans(pairs):
         assert math.isnan(found)
     else:
         assert found == pytest.approx(stats.spearmanr(x, y).statistic)
-
-
-@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0, 5)), min_size=1, max_size=20))
-def test_the_area_is_a_mean_between_the_extremes(points):
-    """The trapezoids over the curve's own width, as NumPy sums them."""
-    coverage, error = risk_curve(points)
-    area = curve_area(coverage, error)
-    assert coverage == sorted(set(coverage))
-    assert min(error) - 1e-9 <= area <= max(error) + 1e-9
-    width = coverage[-1] - coverage[0]
-    if width > 1e-6:
-        assert area == pytest.approx(np.trapezoid(error, coverage) / width)
-
-
-def test_points_without_an_error_are_left_out():
-    """What was answered nowhere has no error; an infinite one stays what it is."""
-    assert risk_curve([(0.0, math.nan), (1.0, math.inf)]) == ([1.0], [math.inf])
-    assert math.isnan(curve_area(*risk_curve([(0.0, math.nan)])))
-    assert curve_area([0.5, 1.0], [1.0, math.inf]) == math.inf
 
 
 def test_a_share_of_nothing_is_none():

@@ -15,11 +15,12 @@ GOLDEN = """
     4 configs, 2 feasible; 7 trials: 6 completed, 1 failed; 1 missing
     fronts over coverage_shortfall, accepted_error, step_time_ms; ties by coverage_shortfall, accepted_error, nan_count,
         step_time_ms, config_id; nan_count at most 0
+    in 90%, best: where a rank lies, and how often first, by drawing 2 seeds, which are few: 5 and more would say more
 
-    rank  front  config  coverage_shortfall  accepted_error  step_time_ms        coverage  nan_count  trials
-       1      1  a                    0 ± 0      1.5 ± 0.71         2 ± 0        0.95 ± 0          0       2
+    rank  in 90%  best  front  config  coverage_shortfall  accepted_error  step_time_ms        coverage  nan_count  trials
+       1       1  100%      1  a                    0 ± 0      1.5 ± 0.71         2 ± 0        0.95 ± 0          0       2
                  learning_rate=0.001 optimizer=adam restore_best=false
-       2      1  b           0.025 ± 0.0071         1.5 ± 0       1.5 ± 0  0.925 ± 0.0071          0       2
+       2       2    0%      1  b           0.025 ± 0.0071         1.5 ± 0       1.5 ± 0  0.925 ± 0.0071          0       2
                  learning_rate=0.01 optimizer=sgd momentum=0.9 restore_best=true
 
     ruled out: 2 of 4 configs

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces.identity import canonical_json, config_id, trial_id
+from search_spaces.identity import canonical_json, config_id, scenario_name, trial_id
 from search_spaces.named import SPACES
 
 PLAIN = (
@@ -110,3 +110,11 @@ def test_a_trial_is_named_by_config_and_seed():
     assert trial_id("0123456789ab", 7) == "0123456789ab-s7"
     with pytest.raises(ValueError, match="seed must be an integer"):
         trial_id("0123456789ab", True)
+
+
+@given(CONFIGS, CONFIGS)
+def test_tasks_with_other_parameters_are_other_scenarios(one, other):
+    """A scenario is named by its task and all its parameters; without any, by the task alone."""
+    assert (scenario_name("toy", one) == scenario_name("toy", other)) == (one == other or not (one or other))
+    assert scenario_name("toy", one).startswith("toy")
+    assert (scenario_name("toy", one) == "toy") == (not one)

@@ -131,12 +131,19 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any], tolerance: float = 0
     one = {name: value for name, value in one.items() if name not in OF_THE_PACK}
     other = {name: value for name, value in other.items() if name not in OF_THE_PACK}
     return one.keys() == other.keys() and all(
-        math.isclose(value, other[name], rel_tol=tolerance, abs_tol=tolerance)
-        or (math.isnan(value) and math.isnan(other[name]))
-        if isinstance(value, float)
-        else value == other[name]
-        for name, value in one.items()
+        same_value(value, other[name], tolerance) for name, value in one.items()
     )
+
+
+def same_value(one: Any, other: Any, tolerance: float) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(
+            same_value(*pair, tolerance) for pair in zip(one, other, strict=True)
+        )
+    if isinstance(one, float):
+        near = math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance)
+        return near or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)
 
 
 def test_each_trial_says_what_it_says_alone(table: Task, shelf: Shelf) -> None:

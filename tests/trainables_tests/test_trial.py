@@ -16,10 +16,10 @@ from torch import nn
 from scm.data import Split
 from scm.trial import Decoded
 from scm.trial_config import TrialConfig
+from trainables.scoring import STANDARD_METRICS
 from trainables.tasks.table import TableTask, make_table_task
 from trainables.trial import (
     HISTORY_KEYS,
-    STANDARD_METRICS,
     DeviceError,
     TrialRun,
     check_device,

@@ -1,0 +1,125 @@
+"""The error of a model's answers against their share, as the threshold on |Q| lets more of them through.
+
+One curve per trained model, on a split: it starts where every sound answer is given, and each further point
+leaves out those with the smallest |Q|. A threshold that orders answers well has a curve that falls with
+coverage; one that does not has a flat one. Which split, and who is told, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scm.data import Split
+from scm.trial import Decoded
+from trainables.scoring import score_many
+
+if TYPE_CHECKING:
+    from scm.trial_config import TrialConfig
+    from trainables.tasks.protocol import Task
+
+LEVELS = 12
+CURVE_KEYS = ("curve_coverage", "curve_error", "curve_area")
+_MOST_KEPT = 0.95  # the last point keeps a twentieth of the answers; of fewer, an error says little
+_ELEMENTS = 2_000_000  # that are scored at once
+
+Point = tuple[float, float]
+
+
+def smallest_tau(dtype: torch.dtype) -> float:
+    """A threshold that rejects Q = 0 alone, and denormal numbers."""
+    return float(torch.finfo(dtype).tiny)
+
+
+def empty_curve() -> dict[str, Any]:
+    """The columns of a model of which no curve is known."""
+    return {"curve_coverage": None, "curve_error": None, "curve_area": math.nan}
+
+
+def curve_columns(points: Iterable[Point]) -> dict[str, Any]:
+    """A curve as columns of a row: coverages, growing, the error at each, and the mean error over them."""
+    coverage, error = risk_curve(points)
+    if not coverage:
+        return empty_curve()
+    return dict(zip(CURVE_KEYS, (coverage, error, curve_area(coverage, error)), strict=True))
+
+
+def risk_points(
+    task: Task, split: Split, configs: Sequence[TrialConfig], decoded: Decoded, *, levels: int = LEVELS
+) -> list[list[Point]]:
+    """(coverage, accepted_error) of each of many models at `levels` thresholds on its own |Q|.
+
+    decoded: their answers on the split at `smallest_tau`, the models before the rows. A model whose answers
+    the task cannot score has no points.
+    """
+    taus = [
+        _taus(q_abs[~bottom], levels) for q_abs, bottom in zip(decoded.q_abs, decoded.bottom, strict=True)
+    ]
+    pairs = [(model, tau) for model, own in enumerate(taus) for tau in own]
+    found: list[list[Point]] = [[] for _ in configs]
+    at_once = max(1, _ELEMENTS // max(1, decoded.decoded[0].numel()))
+    for first in range(0, len(pairs), at_once):
+        part = pairs[first : first + at_once]
+        answers = _at(decoded, part)
+        scores = score_many(task, split, [configs[model] for model, _ in part], answers)
+        shares = 1.0 - answers.bottom.flatten(1).to(torch.float64).mean(1)
+        for (model, _), score, share in zip(part, scores, shares.tolist(), strict=True):
+            if not isinstance(score, BaseException):
+                found[model].append((share, score["accepted_error"]))
+    return found
+
+
+def risk_curve(points: Iterable[Point]) -> tuple[list[float], list[float]]:
+    """Coverages, growing, and the error at each; points without an error say nothing and are left out.
+
+    Of several points of one coverage the largest error stands: a threshold cannot choose among them.
+
+    >>> risk_curve([(1.0, 2.0), (0.5, 1.0), (0.5, 1.5), (0.1, float("nan"))])
+    ([0.5, 1.0], [1.5, 2.0])
+    """
+    worst: dict[float, float] = {}
+    for coverage, error in points:
+        if not (math.isnan(coverage) or math.isnan(error)):
+            worst[coverage] = max(error, worst.get(coverage, -math.inf))
+    coverages = sorted(worst)
+    return coverages, [worst[coverage] for coverage in coverages]
+
+
+def curve_area(coverage: Sequence[float], error: Sequence[float]) -> float:
+    """The mean error over the coverages that a curve spans (trapezoids over its width); NaN without points.
+
+    >>> curve_area([0.5, 1.0], [1.0, 2.0])
+    1.5
+    """
+    if not coverage:
+        return math.nan
+    x, y = np.asarray(coverage, dtype=np.float64), np.asarray(error, dtype=np.float64)
+    if x[-1] == x[0]:
+        return float(y.mean())
+    with np.errstate(over="ignore"):
+        return float(np.sum(np.diff(x) / (x[-1] - x[0]) * (y[1:] / 2 + y[:-1] / 2)))
+
+
+def _taus(q_abs: Tensor, levels: int) -> list[float]:
+    """The thresholds of one model: quantiles of the |Q| of its answers, each of them one that occurs."""
+    if not q_abs.numel():
+        return []
+    shares = np.linspace(0.0, _MOST_KEPT, levels)
+    return sorted(set(np.quantile(q_abs.to(torch.float64).numpy(), shares, method="lower").tolist()))
+
+
+def _at(decoded: Decoded, pairs: Sequence[tuple[int, float]]) -> Decoded:
+    """The answers of each pair's model that have |Q| at its threshold or above."""
+    place = torch.tensor([model for model, _ in pairs])
+    taus = torch.tensor([tau for _, tau in pairs], dtype=torch.float64)
+    values, bottom, fault, q_abs = (item.index_select(0, place) for item in decoded[:4])
+    taus = taus.view(-1, *[1] * (q_abs.ndim - 1))
+    bottom = bottom | (q_abs.to(torch.float64) < taus)
+    hidden = bottom.unsqueeze(-1) if bottom.ndim < values.ndim else bottom
+    numerator = None if decoded.numerator is None else decoded.numerator.index_select(0, place)
+    return Decoded(values.masked_fill(hidden, math.nan), bottom, fault, q_abs, numerator)

@@ -1,0 +1,57 @@
+"""How a task's metrics become columns of rows, for one model and for many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from scm.data import Split
+from scm.trial import Decoded
+from trainables.tasks.protocol import Task, check_metrics
+
+if TYPE_CHECKING:
+    from scm.trial_config import TrialConfig
+
+STANDARD_METRICS: tuple[str, ...] = (
+    "accepted_error",
+    "charged_error",
+    "false_accept_rate",
+    "false_reject_rate",
+)
+NAN = float("nan")
+
+
+def metric_columns(metrics: object, where: str) -> dict[str, float]:
+    """Name what a task measured as the columns of a row do; `TaskError` where it is not what it must be."""
+    check_metrics(metrics, where)
+    assert isinstance(metrics, dict)
+    columns = {
+        key if key in STANDARD_METRICS else f"metric.{key}": float(value) for key, value in metrics.items()
+    }
+    for key in STANDARD_METRICS:
+        columns.setdefault(key, NAN)
+    return columns
+
+
+def score_many(
+    task: Task, split: Split, configs: Sequence[TrialConfig], decoded: Decoded
+) -> list[dict[str, float] | BaseException]:
+    """Score the answers of many models on one split, in one call where the task has a method for it.
+
+    `decoded` has the models before the rows. What the task raises for one of them is its entry.
+    """
+    together = getattr(task, "pack_metrics", None)
+    if together is not None:
+        try:
+            many = together(decoded, split, configs)
+            return [metric_columns(metrics, task.name) for metrics in many]
+        except (Exception, SystemExit):  # one of them may be at fault: below it is seen which
+            pass
+    found: list[dict[str, float] | BaseException] = []
+    for place, config in enumerate(configs):
+        try:
+            own = Decoded(*(item[place] for item in decoded if item is not None))
+            found.append(metric_columns(task.metrics(own, split, config), task.name))
+        except (Exception, SystemExit) as error:  # what a task raises is the outcome of that trial
+            found.append(error)
+    return found
