@@ -214,14 +214,14 @@ def draw_scatter(
     """Place points by two numbers each; an axis without a range is as long as its values need.
 
     An axis whose positive values span more than a factor of 30 is logarithmic. `diagonal` adds the line on
-    which x equals y. Raises ValueError for a point that is not finite: it has no place, and who calls says so.
+    which x equals y. Raises ValueError for a point that is not finite: it has no place.
     """
     for point in points:
         if not (math.isfinite(point.x) and math.isfinite(point.y)):
             raise ValueError(f"a point must be finite, got x={point.x}, y={point.y}")
-    ends = [end for point in points for end in (point.y_low, point.y_high)]
+    ends = [end for point in points for end in (point.y_low, point.y_high) if end is not None]
     xs = _span([point.x for point in points], x_range)
-    ys = _span([*(point.y for point in points), *(end for end in ends if _is_finite(end))], y_range)
+    ys = _span([*(point.y for point in points), *filter(math.isfinite, ends)], y_range)
     right, bottom = SCATTER_WIDTH - RIGHT, SCATTER_HEIGHT - BOTTOM
 
     def across(value: float) -> float:
@@ -277,7 +277,7 @@ def draw_parallel(title: str, axes: Sequence[Axis]) -> Parallel:
             names = sorted({str(value) for value in values if value is not None})
             span = _Span((0.0, max(1.0, len(names) - 1.0)), [], False)
             where = [None if value is None else float(names.index(str(value))) for value in values]
-            ticks = [(float(place), name) for place, name in enumerate(names)]
+            ticks: Sequence[tuple[float, str]] = [(float(at), name) for at, name in enumerate(names)]
         else:
             span = _span(numbers, None)
             where = [None if value is None else float(value) for value in values]
@@ -307,7 +307,7 @@ def draw_parallel(title: str, axes: Sequence[Axis]) -> Parallel:
 def draw_strip(
     counts: Sequence[float], texts: Sequence[str], width: float = 240.0, most: float | None = None
 ) -> list[Strip]:
-    """The parts of a strip of equally wide cells that hold something, shaded by their share of the largest."""
+    """The parts of a strip of equally wide cells that hold something, each with its share of the largest."""
     wide = width / max(1, len(counts))
     top = max([*counts, 0.0]) if most is None else most
     return [
@@ -333,6 +333,26 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
         if last - first + 1 <= most:
             return [index * step * power for index in range(first, last + 1)]
     return [low, high]
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` numbers from low to high, both positive: 1, 2 and 5 times powers of ten, or powers alone.
+
+    >>> log_ticks(300.0, 20000.0, 6)
+    [500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0]
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    for factors, every in (
+        ((1, 2, 5), 1),
+        ((1,), 1),
+        *(((1,), step) for step in (2, 5, 10, 20, 50, 100, 200)),
+    ):
+        powers = [power for power in range(first, last + 1) if power % every == 0]
+        ticks = [float(f"{factor}e{power}") for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= most:
+            return ticks
+    return []
 
 
 def short(value: float | None) -> str:
@@ -378,8 +398,8 @@ def _span(values: Sequence[float], asked: tuple[float, float] | None) -> _Span:
         return _span([], (0.0, 1.0))
     low, high = min(known), max(known)
     if low > 0 and high / low > _LOG_FROM:
-        bounds, ticks = _y_axis(known, None, True)
-        return _Span(bounds, ticks, True)
+        bounds = (max(_SMALLEST, low) / 1.2, high * 1.2)
+        return _Span(bounds, [(at, short(at)) for at in log_ticks(*bounds, 6)], True)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     bounds = (low - room if low < 0 or low > room else min(low, 0.0), high + room)
     return _Span(bounds, [(at, short(at)) for at in nice_ticks(*bounds, 6)], False)

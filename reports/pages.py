@@ -59,7 +59,7 @@ def render_template(
 
 
 def make_environment() -> jinja2.Environment:
-    """Templates of this package: autoescape on, an unknown name is an error, unseen characters are spelled."""
+    """The package's templates: everything is escaped, unseen characters are spelled, no name is made up."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,

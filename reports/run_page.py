@@ -6,6 +6,7 @@ that is missing or damaged why, and puts the three together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from reports.ranking import LEADERBOARD_FILE
 from reports.robustness_page import RUN_PART as ROBUSTNESS_FOLDER
 from reports.rows import ROWS_FOLDER, read_rows
 from reports.run_queries import queries
-from reports.run_view import KINDS, NEEDED_OF_LEADERBOARD, RunParts, run_view
+from reports.run_view import KIND_STYLES, KINDS, NEEDED_OF_LEADERBOARD, RunParts, run_view
 
 PAGE_FILE = "report.html"
 PLAN_FILE = "plan.yaml"
@@ -100,7 +101,7 @@ def page_values(run: RunFolder, view: Mapping[str, Any]) -> dict[str, Any]:
         "title": run.name,
         "problems": {"scores": "", "cells": "", **run.problems},
         "queries": queries(view),
-        "kinds": KINDS,
+        "kinds": list(zip(KINDS, KIND_STYLES, strict=True)),
         "scatter_chart": _draw_points(view["scatter"], "accepted error against coverage"),
         "targets_chart": _draw_points(view["targets"], "coverage against what was asked for", share=True),
         "parallel_chart": _draw_knobs(view["knobs"]),
@@ -151,8 +152,8 @@ def _draw_points(figure: Mapping[str, Any] | None, title: str, *, share: bool = 
         Point(
             x=point["x"],
             y=point["y"],
-            style=point["kind"],
-            label=str(point["rank"]) if point["rank"] <= 3 and not share else "",
+            style=KIND_STYLES[point["kind"]],
+            label=str(point["rank"]) if point["rank"] == 1 and not share else "",
             text=f"{point['config_id']}, rank {point['rank']}: {short(point['x'])}, {short(point['y'])}",
             y_low=point.get("low"),
             y_high=point.get("high"),
@@ -161,7 +162,9 @@ def _draw_points(figure: Mapping[str, Any] | None, title: str, *, share: bool = 
     ]
     if share:
         return draw_scatter(title, points, x_range=(0.0, 1.0), y_range=(0.0, 1.0), diagonal=True)
-    return draw_scatter(title, points, x_range=(0.0, 1.0))
+    # Coverages are near 1 more often than not; the axis begins at the tenth below the least of them.
+    low = min(0.9, math.floor(10 * min(point.x for point in points) - 1e-9) / 10)
+    return draw_scatter(title, points, x_range=(max(0.0, low), 1.0))
 
 
 def _draw_knobs(figure: Mapping[str, Any] | None) -> Parallel | None:

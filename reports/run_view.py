@@ -51,6 +51,8 @@ HISTORY_PANELS: tuple[tuple[str, str, str, tuple[float, float] | None], ...] = (
     ("accepted_error", "accepted error", "task's unit", None),
 )
 # How a config is drawn: the best of their front, others that are worth something, those that are not.
+# The style of what is no use is grey, that of what is ruled out the colour of a warning.
+KIND_STYLES = (0, 2, 5, 1)
 KINDS = ("front 1", "other fronts", "no better than abstaining", "ruled out")
 
 
@@ -132,7 +134,7 @@ def verdict(board: pa.Table | None, rows: pa.Table | None = None) -> dict[str, A
 
 
 def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:
-    """The best configs with mean and spread over seeds of what they are judged by; the ruled-out ones, why."""
+    """The best configs with mean and spread of what they are judged by; the ruled-out ones with the reason."""
     if board is None:
         return None
     names = {*board.column_names}
@@ -220,7 +222,12 @@ def parallel_knobs(
     entries = held.to_pylist()
     return {
         "lines": [
-            {"rank": entry["rank"], "config_id": name_of(entry["config_id"]), "kind": kind_of(entry)}
+            {
+                "rank": entry["rank"],
+                "config_id": name_of(entry["config_id"]),
+                "kind": kind_of(entry),
+                "style": KIND_STYLES[kind_of(entry)],
+            }
             for entry in entries
         ],
         "axes": [
@@ -566,7 +573,7 @@ def _reasons(board: pa.Table, said: Mapping[str, Any]) -> list[dict[str, Any]]:
     for column, what in (("n_failed", "failed"), ("n_diverged", "diverged"), ("n_missing", "missing")):
         if column in ruled_out.column_names:
             found[f"trials {what}"] = np.nan_to_num(_floats(ruled_out, column)) > 0
-    found["nothing to compare (no finite value of an objective)"] = ~np.logical_or.reduce([*found.values()])
+    found["no finite value to compare"] = ~np.logical_or.reduce([*found.values()])
     counted = [{"reason": reason, "configs": int(mask.sum())} for reason, mask in found.items()]
     return [entry for entry in counted if entry["configs"]]
 
@@ -576,7 +583,8 @@ def _sentence(said: Mapping[str, Any]) -> str:
     first = f"Of {_many(said['configs'], 'config')}, {said['feasible']} can be ranked"
     if said["beating"] is not None:
         least = "at least " if said["listed"] < said["configs"] else ""
-        first += f" and {least}{said['beating'] or 'none'} beat{'s' if said['beating'] == 1 else ''} abstaining everywhere"
+        first += f" and {least}{said['beating'] or 'none'} beat{'s' if said['beating'] == 1 else ''} "
+        first += "abstaining everywhere"
     parts = [first + "."]
     best = said["best"]
     if best is None:
@@ -589,8 +597,12 @@ def _sentence(said: Mapping[str, Any]) -> str:
                 where += f" and first in {100 * best['p_best']:.0f} % of the draws"
         parts.append(f"Ranked first is {best['config_id']}{where}.")
     if ruled_out:
-        why = ", ".join(f"{entry['reason']} ({entry['configs']})" for entry in said["ruled_out"])
-        parts.append(f"{_many(ruled_out, 'config')} ruled out{': ' + why if why else ''}.")
+        several = len(said["ruled_out"]) > 1
+        why = ", ".join(
+            entry["reason"] + (f" ({entry['configs']})" if several else "") for entry in said["ruled_out"]
+        )
+        is_or_are = "is" if ruled_out == 1 else "are"
+        parts.append(f"{_many(ruled_out, 'config')} {is_or_are} ruled out{': ' + why if why else ''}.")
     else:
         parts.append("None was ruled out.")
     return " ".join(parts)
@@ -615,7 +627,7 @@ def _warnings(said: Mapping[str, Any], board: pa.Table, rows: pa.Table | None) -
             )
         if best["rank_low"] is None:
             found.append(
-                "The leaderboard does not say how sure its ranks are; `scm-harness rank RUN` writes it."
+                "The leaderboard does not say how sure its ranks are: rank the run again with scm-harness rank."
             )
         elif best["rank_high"] is not None and best["rank_high"] > 1:
             found.append(
@@ -626,7 +638,7 @@ def _warnings(said: Mapping[str, Any], board: pa.Table, rows: pa.Table | None) -
     if rows is not None and len(rows) != said["n_trials"]:
         found.append(
             f"The leaderboard counts {_many(said['n_trials'], 'trial')}, the rows are {len(rows)}: "
-            "rank the run again with `scm-harness rank RUN`."
+            "rank the run again with scm-harness rank."
         )
     return found
 
