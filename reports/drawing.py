@@ -336,7 +336,7 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """At most `most` numbers from low to high, both positive: 1, 2 and 5 times powers of ten, or powers alone.
+    """At most `most` numbers from low to high, both positive: 1, 2, 5 times powers of ten, or powers alone.
 
     >>> log_ticks(300.0, 20000.0, 6)
     [500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0]

@@ -1,4 +1,4 @@
-"""A run as Markdown for a pull request: the verdict, the best configs, what to be careful about. Nothing else.
+"""A run as Markdown for a pull request: the verdict, the best configs, what to be careful about.
 
 The numbers are those of `run_view`. Every text is escaped, so that a name makes no link, no mention, no
 element and no cell of its own.
@@ -18,7 +18,7 @@ from reports.run_view import leaderboard_entries, verdict
 
 MOST_IN_TABLE = 10
 # What Markdown, or GitHub's kind of it, reads: markup, elements, mentions, issue numbers, bare addresses.
-_SPECIAL = re.compile(r"[\\`*_{}\[\]()<>#+!|~&@:$^=-]")
+_SPECIAL = re.compile(r"[\\`*_{}\[\]()<>#!|~&@$^]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 
 
 def render_markdown(run: RunFolder) -> str:

@@ -134,7 +134,7 @@ def verdict(board: pa.Table | None, rows: pa.Table | None = None) -> dict[str, A
 
 
 def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:
-    """The best configs with mean and spread of what they are judged by; the ruled-out ones with the reason."""
+    """The best configs with mean and spread of what they are judged by; those ruled out with why."""
     if board is None:
         return None
     names = {*board.column_names}
@@ -627,7 +627,7 @@ def _warnings(said: Mapping[str, Any], board: pa.Table, rows: pa.Table | None) -
             )
         if best["rank_low"] is None:
             found.append(
-                "The leaderboard does not say how sure its ranks are: rank the run again with scm-harness rank."
+                "The leaderboard does not say how sure its ranks are: rank anew with scm-harness rank."
             )
         elif best["rank_high"] is not None and best["rank_high"] > 1:
             found.append(
@@ -638,7 +638,7 @@ def _warnings(said: Mapping[str, Any], board: pa.Table, rows: pa.Table | None) -
     if rows is not None and len(rows) != said["n_trials"]:
         found.append(
             f"The leaderboard counts {_many(said['n_trials'], 'trial')}, the rows are {len(rows)}: "
-            "rank the run again with scm-harness rank."
+            "rank anew with scm-harness rank."
         )
     return found
 
