@@ -84,7 +84,7 @@ class Point:
     y: float
     text: str
     style: int = 0
-    label: str = ""
+    marked: bool = False
     y_low: float | None = None
     y_high: float | None = None
 
@@ -97,7 +97,7 @@ class Dot:
     y: float
     text: str
     style: int
-    label: str
+    marked: bool
     low: float | None
     high: float | None
 
@@ -236,7 +236,7 @@ def draw_scatter(
             up(point.y),
             point.text,
             point.style % STYLES,
-            point.label,
+            point.marked,
             up(point.y_low) if point.y_low is not None and _is_finite(point.y_low) else None,
             up(point.y_high) if point.y_high is not None and _is_finite(point.y_high) else None,
         )

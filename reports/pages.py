@@ -35,12 +35,18 @@ _UNSEEN = re.compile(
 
 
 def render_template(
-    name: str, *, scripts: Sequence[str] = (), styles: Sequence[str] = (), **values: Any
+    name: str,
+    *,
+    scripts: Sequence[str] = (),
+    styles: Sequence[str] = (),
+    style_attributes: bool = False,
+    **values: Any,
 ) -> str:
     """The page that a template makes of the values; every text in it is escaped and shown as it is.
 
     `scripts` are the whole texts of the scripts that may run, `styles` those of further style elements: the
-    template finds the policy that allows these, the page's own style and nothing else as `policy`.
+    template finds the policy that allows these, the page's own style and nothing else as `policy`. What a script
+    writes into style attributes has no hash that is known before; `style_attributes` lets it pass.
     """
     css = (_TEMPLATES / STYLE_FILE).read_text(encoding="utf-8")
     page = (
@@ -48,7 +54,7 @@ def render_template(
         .get_template(name)
         .render(
             css=Markup(css),  # our own file, and hashed as it is
-            policy=content_policy([css, *styles], scripts),
+            policy=content_policy([css, *styles], scripts, style_attributes=style_attributes),
             scripts=[Markup(script) for script in scripts],
             **values,
         )
@@ -73,7 +79,9 @@ def make_environment() -> jinja2.Environment:
     return environment
 
 
-def content_policy(styles: Sequence[str], scripts: Sequence[str] = ()) -> str:
+def content_policy(
+    styles: Sequence[str], scripts: Sequence[str] = (), *, style_attributes: bool = False
+) -> str:
     """The Content-Security-Policy of a page in which these styles and scripts, and nothing else, count.
 
     >>> content_policy([])
@@ -83,6 +91,8 @@ def content_policy(styles: Sequence[str], scripts: Sequence[str] = ()) -> str:
     for name, texts in (("style-src", styles), ("script-src", scripts)):
         if texts:
             parts.append(f"{name} {' '.join(map(source_hash, texts))}")
+    if style_attributes:
+        parts.append("style-src-attr 'unsafe-inline'")
     return "; ".join([*parts, "base-uri 'none'", "form-action 'none'"])
 
 

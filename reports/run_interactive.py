@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,26 +25,30 @@ SCRIPT_FILE = Path(__file__).with_name("templates") / "interactive.js"
 # plotly makes style elements without text and fills them rule by rule, which a policy lets pass that knows
 # the hash of no text at all.
 EMPTY_STYLE = ""
+# The style of maps, which the page has none of, is made by plotly only where no element has its id.
+_STYLE_OF_MAPS = re.compile(r'!document\.getElementById\("([0-9a-f]{64})"\)')
 
 
-class PlotlyMissing(RuntimeError):
+class PlotlyMissingError(RuntimeError):
     """plotly is not installed; the message says how to get it."""
 
 
 def render_interactive(run: RunFolder) -> str:
-    """The page of the run as HTML with plotly inside; PlotlyMissing where it is not installed."""
+    """The page of the run as HTML with plotly inside; PlotlyMissingError where it is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise PlotlyMissing(
+        raise PlotlyMissingError(
             "--interactive needs plotly >= 6, which is not installed: pip install 'scm-harness[pages]'"
         ) from None
     view = run_view(run.parts)
-    script = SCRIPT_FILE.read_text(encoding="utf-8")
+    plotly, script = get_plotlyjs(), SCRIPT_FILE.read_text(encoding="utf-8")
     return render_template(
         "run_interactive.html",
-        scripts=[get_plotlyjs(), script],
+        scripts=[plotly, script],
         styles=[EMPTY_STYLE],
+        style_attributes=True,  # as for the exponents of ticks
+        styled=_STYLE_OF_MAPS.findall(plotly)[:1],
         data=Markup(inert_json(interactive_figures(view))),
         **page_values(run, view),
     )

@@ -148,12 +148,13 @@ def _draw_points(figure: Mapping[str, Any] | None, title: str, *, share: bool = 
     if figure is None or not figure["points"]:
         return None
     # The best are drawn last, so that they lie above the others.
+    top = figure["top"]
     points = [
         Point(
             x=point["x"],
-            y=point["y"],
+            y=min(point["y"], top),
             style=KIND_STYLES[point["kind"]],
-            label=str(point["rank"]) if point["rank"] == 1 and not share else "",
+            marked=point["rank"] == 1,
             text=f"{point['config_id']}, rank {point['rank']}: {short(point['x'])}, {short(point['y'])}",
             y_low=point.get("low"),
             y_high=point.get("high"),

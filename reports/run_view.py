@@ -36,6 +36,7 @@ MOST_KNOBS = 15
 MOST_NAN_CONFIGS = 24
 MOST_NAME = 60
 MOST_MATRIX_CONFIGS = 3
+FAR_BEYOND = 1000.0  # times the median: a point there would press all others together
 
 NAN_KINDS = ("loss", "gradient", "output", "parameter")
 IMPORTANT_FOR = ("charged_error", "accepted_error", "loss")  # the first that the rows hold
@@ -191,7 +192,8 @@ def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:
 def error_by_coverage(board: pa.Table | None) -> dict[str, Any] | None:
     """Of each config the mean coverage and the mean error of its answers, with its front and its kind.
 
-    Configs without both numbers are counted as `unplaced`; of very many the best ranked are taken.
+    Configs without both numbers are counted as `unplaced`; of very many the best ranked are taken. Those that
+    are `beyond` a thousand times the median lie at `top` in the picture, so that the others can be told apart.
     """
     return _points(board, "coverage", "accepted_error")
 
@@ -482,7 +484,8 @@ def _points(board: pa.Table | None, x: str, y: str, *, spread: bool = False) -> 
         return None
     lacking = [f"{name}_mean" for name in (x, y) if f"{name}_mean" not in board.column_names]
     if lacking:
-        return {"points": [], "left_out": 0, "unplaced": len(board), "why": f"there is no {lacking[0]}"}
+        why = f"there is no {lacking[0]}"
+        return {"points": [], "left_out": 0, "unplaced": len(board), "top": math.inf, "beyond": 0, "why": why}
     wanted = ["rank", "config_id", "feasible", "front", "n_trials", f"{x}_mean", f"{y}_mean"]
     wanted += _present(board, "beats_abstaining", f"{y}_min", f"{y}_max")
     places = np.isfinite(_floats(board, f"{x}_mean")) & np.isfinite(_floats(board, f"{y}_mean"))
@@ -502,10 +505,15 @@ def _points(board: pa.Table | None, x: str, y: str, *, spread: bool = False) -> 
         points.append(point)
     whole = _totals(board)["configs"]
     unplaced = int((~places).sum())
+    heights = sorted(point["y"] for point in points)
+    limit = FAR_BEYOND * heights[len(heights) // 2] if heights else math.inf
+    inside = [height for height in heights if height <= limit] if limit > 0 else heights
     return {
         "points": points,
         "left_out": whole - len(points) - unplaced,
         "unplaced": unplaced,
+        "top": 1.5 * inside[-1] if len(inside) < len(heights) else math.inf,
+        "beyond": len(heights) - len(inside),
         "why": "" if points else f"no config has both {x} and {y}",
     }
 

@@ -67,11 +67,11 @@ def run(folder: Path, *, form: str = "html", interactive: bool = False, out: Pat
             print(page, end="")
             return EXIT_OK
     elif interactive:
-        from reports.run_interactive import PlotlyMissing, render_interactive
+        from reports.run_interactive import PlotlyMissingError, render_interactive
 
         try:
             page = render_interactive(held)
-        except PlotlyMissing as error:
+        except PlotlyMissingError as error:
             raise UserError(str(error), EXIT_ENVIRONMENT) from None
     else:
         page = render_run(held)
