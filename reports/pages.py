@@ -45,8 +45,8 @@ def render_template(
     """The page that a template makes of the values; every text in it is escaped and shown as it is.
 
     `scripts` are the whole texts of the scripts that may run, `styles` those of further style elements: the
-    template finds the policy that allows these, the page's own style and nothing else as `policy`. What a script
-    writes into style attributes has no hash that is known before; `style_attributes` lets it pass.
+    template finds the policy that allows these, the page's own style and nothing else as `policy`. What a
+    script writes into style attributes is not known before; `style_attributes` lets it pass.
     """
     css = (_TEMPLATES / STYLE_FILE).read_text(encoding="utf-8")
     page = (

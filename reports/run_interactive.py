@@ -84,8 +84,7 @@ def interactive_figures(view: Mapping[str, Any]) -> list[dict[str, Any]]:
                         ],
                     }
                 )
-        values = [point["y"] for point in held["points"]]
-        log = name == "scatter" and min(values) > 0 and max(values) / min(values) > 30
+        log = name == "scatter" and _wide([point["y"] for point in held["points"]])
         figures.append(
             {"name": name, "title": title, "x": x, "y": y, "log": log, "ticks": None, "traces": traces}
         )
@@ -98,7 +97,8 @@ def interactive_figures(view: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "title": shown(f"{panel['title']} by epoch"),
                 "x": "epoch",
                 "y": shown(panel["title"]),
-                "log": False,
+                "log": panel["range"] is None
+                and _wide([value for item in panel["series"] for value in item["values"]]),
                 "ticks": None,
                 "traces": [
                     {
@@ -180,7 +180,7 @@ def _scaled(values: Sequence[float | str | None]) -> list[float | None]:
     numbers = [float(value) for value in known if math.isfinite(float(value))]
     if not numbers:
         return [None for _ in values]
-    log = min(numbers) > 0 and max(numbers) / min(numbers) > 30
+    log = _wide(numbers)
     low, high = (math.log(end) if log else end for end in (min(numbers), max(numbers)))
     scaled: list[float | None] = []
     for value in values:
@@ -190,6 +190,12 @@ def _scaled(values: Sequence[float | str | None]) -> list[float | None]:
             at = math.log(float(value)) if log else float(value)
             scaled.append((at - low) / (high - low) if high > low else 0.5)
     return scaled
+
+
+def _wide(values: Sequence[float | None]) -> bool:
+    """Whether values are positive and so far apart that their logarithm is drawn."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return bool(known) and min(known) > 0 and max(known) / min(known) > 30
 
 
 def _number(value: float | None) -> float | None:

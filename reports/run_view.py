@@ -192,8 +192,8 @@ def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:
 def error_by_coverage(board: pa.Table | None) -> dict[str, Any] | None:
     """Of each config the mean coverage and the mean error of its answers, with its front and its kind.
 
-    Configs without both numbers are counted as `unplaced`; of very many the best ranked are taken. Those that
-    are `beyond` a thousand times the median lie at `top` in the picture, so that the others can be told apart.
+    Configs without both numbers are counted as `unplaced`; of very many the best ranked are taken. Those
+    `beyond` a thousand times the median lie at `top` in the picture, so that the others can be told apart.
     """
     return _points(board, "coverage", "accepted_error")
 
@@ -666,7 +666,7 @@ def _axis_value(value: Any) -> float | str | None:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return float(value)
-    return None if value is None else name_of(value)[:16]
+    return None if value is None else name_of(value)[:18]
 
 
 def _spread(values: Iterable[Any]) -> tuple[float | None, float | None, float | None]:
