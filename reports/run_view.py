@@ -253,15 +253,16 @@ def knob_shares(rows: pa.Table | None) -> dict[str, Any] | None:
     if rows is None:
         return None
     metric = next((name for name in IMPORTANT_FOR if name in rows.column_names), IMPORTANT_FOR[0])
+    why, found = "", []
     try:
-        # Not before it is needed: it loads optuna.
+        # Not before it is needed: it loads optuna, and a forest that is an optional extra.
         from reports.importance import knob_importance
-    except ImportError as error:
-        return {"metric": metric, "entries": [], "left_out": 0, "why": f"it cannot be computed here: {error}"}
-    try:
+
         found = knob_importance(rows, metric, seed=0)
+    except ImportError as error:
+        why = f"it cannot be computed here: {text(error)}"
     except ValueError as error:
-        return {"metric": metric, "entries": [], "left_out": 0, "why": text(error)}
+        why = text(error)
     return {
         "metric": metric,
         "entries": [
@@ -276,7 +277,7 @@ def knob_shares(rows: pa.Table | None) -> dict[str, Any] | None:
             for one in found[:MOST_KNOBS]
         ],
         "left_out": max(0, len(found) - MOST_KNOBS),
-        "why": "",
+        "why": why or ("" if found else "no knob has a share"),
     }
 
 
