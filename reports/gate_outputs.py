@@ -195,7 +195,18 @@ def _xml(text: str) -> str:
 # --- what all of them say -------------------------------------------------------------------------------
 
 
-_HEAD = ["verdict", "scenario", "metric", "baseline", "candidate", "change", "90%", "margin", "seeds", "why"]
+_HEAD = [
+    "verdict",
+    "scenario",
+    "metric",
+    "baseline",
+    "candidate",
+    "change",
+    "interval",
+    "margin",
+    "seeds",
+    "why",
+]
 _LEFT = {0, 1, 2, 9}
 
 

@@ -5,7 +5,8 @@ Who trained them is decided in `session`, what is asked of each metric in `rules
 The unit is the pair: the same scenario, data and seed trained by both arms. Its harm is how much worse the
 candidate is. With m the mean harm of n seeds, se its standard error and D the margin, a metric of a scenario
 
-- PASSes where m + t(n-1, 1 - alpha_pass) * se < D: worse by less than the margin, at that confidence;
+- PASSes where m + t(n-1, 1 - a) * se < D, a being this look's share of alpha_pass: worse by less than the
+  margin, at that confidence;
 - FAILs where it does not pass, m is above the floor, and P(t(n-1) > m / se) is small enough by Holm's rule
   over all scenarios and metrics of the gate, at this look's share of alpha;
 - is INCONCLUSIVE otherwise, and below four seeds, unless both arms agree bit for bit.
@@ -40,6 +41,7 @@ LEAST_SEEDS = 4
 MOST_FLIPPED = 12  # seeds up to which all signs are tried: 4,096 of them
 _WORST = 10.0  # times the margin: the least harm of a pair in which the candidate alone has no finite value
 _TAIL = 0.1
+_ROUNDING = 1e-9  # of a margin: a harm that differs from it by less is the margin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,8 @@ class Cell:
     """The verdict on one metric of one scenario.
 
     base, candidate  means over the finite values of each arm, NaN where there are none
-    harm, low, high  mean harm and its interval of two sides at 1 - 2 alpha_pass, in the rule's unit
+    harm, low, high  mean harm and its interval of two sides, of which `high` is what must stay below the
+                     margin to pass, in the rule's unit
     p, p_sign        chance of such a harm where there is none, by the t test and by flipping signs; NaN where
                      it was not computed
     exact            both arms agree bit for bit
@@ -287,7 +290,7 @@ class _Tested:
         p = p_sign = math.nan
         reach = math.nan
         if n > 1:
-            reach = float(t.ppf(1.0 - rules.alpha_pass, n - 1)) * error
+            reach = float(t.ppf(1.0 - rules.alpha_pass_of_a_look, n - 1)) * error
             if error > 0:
                 p = float(t.sf(mean / error, n - 1))
             # The larger chance counts where flipped signs could be as sure as the strictest test must be.
@@ -356,11 +359,11 @@ class _Tested:
         if n < LEAST_SEEDS:
             return INCONCLUSIVE, f"{n} seeds are too few: at least {LEAST_SEEDS} are needed"
         if self.error == 0:
-            if self.mean < self.margin:
+            if self.mean < self.margin * (1.0 - _ROUNDING):
                 return PASS, "worse by less than the margin, the same in every seed"
             if self.mean > self.rule.floor:
                 return FAIL, "worse by the margin or more, the same in every seed"
-        if self.mean + self.reach < self.margin:
+        if self.mean + self.reach < self.margin * (1.0 - _ROUNDING):
             return PASS, "worse by less than the margin" if self.mean > 0 else "not worse"
         if self._is_worse(significant):
             return FAIL, self._said("worse")

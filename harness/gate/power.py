@@ -15,8 +15,9 @@ def pass_chance(seeds: int, sd_over_margin: float, *, harm: float = 0.0, alpha_p
     """The chance that one metric passes with so many seeds.
 
     sd_over_margin: standard deviation of a pair's harm over the margin. harm: the true mean harm over the
-    margin; 0 for a candidate that is no different. With m the mean harm of n seeds and se its error, (m - D)
-    / se is noncentral t, and the metric passes where it is below -t(n-1, 1 - alpha_pass).
+    margin; 0 for a candidate that is no different. alpha_pass: that of a look. With m the mean harm of n
+    seeds and se its error, (m - D) / se is noncentral t, and the metric passes where it is below
+    -t(n-1, 1 - alpha_pass).
     """
     _check(sd_over_margin)
     if seeds < LEAST_SEEDS:

@@ -62,7 +62,7 @@ class GateRules:
 
     metrics        a rule for each metric
     alpha          chance of a false FAIL of the whole gate that the tests are built for, over all looks
-    alpha_pass     chance that one metric passes whose true harm is its margin
+    alpha_pass     chance that one metric passes whose true harm is its margin, over all looks
     looks          numbers of seeds at which the gate decides, growing; it ends at the first that decides
     nan_allowance  unmasked non-finite values that a scenario may meet; 0 but for a baseline that has some
     """
@@ -99,3 +99,8 @@ class GateRules:
     def alpha_of_a_look(self) -> float:
         """The share of `alpha` that each look has."""
         return self.alpha / len(self.looks)
+
+    @property
+    def alpha_pass_of_a_look(self) -> float:
+        """The share of `alpha_pass` that each look has: one that may look again must be surer each time."""
+        return self.alpha_pass / len(self.looks)

@@ -128,7 +128,7 @@ def test_a_missing_seed_never_passes(one):
     assert held.seeds_next is None
 
 
-@given(stn.arrays(float, st.integers(2, 10), elements=st.floats(-1e3, 1e3)))
+@given(stn.arrays(float, st.integers(2, 10), elements=st.integers(-50, 50)))
 def test_flipped_signs_agree_with_scipy(found):
     right = stats.permutation_test(
         (found,), np.sum, permutation_type="samples", alternative="greater", n_resamples=np.inf
@@ -143,7 +143,7 @@ def test_intervals_and_chances_are_those_of_scipy(one):
     assume(np.std(found) > 1e-9)
     test = stats.ttest_rel(one.base, one.candidate, alternative="greater")
     assert cell.p == pytest.approx(test.pvalue, rel=1e-6, abs=1e-12)
-    between = stats.ttest_rel(one.base, one.candidate).confidence_interval(0.9)
+    between = stats.ttest_rel(one.base, one.candidate).confidence_interval(1 - 0.1 / len(RULES.looks))
     assert (cell.low, cell.high) == pytest.approx((between.low, between.high), abs=1e-9)
 
 
@@ -153,7 +153,7 @@ def test_intervals_and_chances_are_those_of_scipy(one):
         (0.0, 0.005, 5, PASS),
         (0.009, 0.0001, 5, PASS),
         (0.0, 0.02, 5, INCONCLUSIVE),
-        (0.0, 0.02, 20, PASS),
+        (0.0, 0.015, 20, PASS),
         (0.02, 0.005, 20, FAIL),
         (0.02, 0.02, 5, INCONCLUSIVE),
         (-0.05, 0.01, 10, PASS),
@@ -161,6 +161,7 @@ def test_intervals_and_chances_are_those_of_scipy(one):
         (0.02, 0.0, 5, FAIL),
         (0.005, 0.0, 5, PASS),
         (0.02, 0.0, 3, INCONCLUSIVE),
+        (0.01, 0.0, 5, FAIL),  # the margin itself is too much, however 0.8 - 0.79 is rounded
     ],
 )
 def test_three_verdicts(drop, spread, seeds, right):
@@ -286,6 +287,19 @@ def test_a_false_alarm_is_as_rare_as_promised():
                 break
         failed += held.verdict == FAIL
     assert failed <= 3  # at 1 % a fourth would come in one of 15 such tests
+
+
+def test_a_regression_of_the_size_of_a_margin_rarely_passes():
+    """At most `alpha_pass` of gates of one metric, though there are three looks at which it might."""
+    source = np.random.default_rng(3)
+    gates, passed = 400, 0
+    for noise in source.normal(COVERAGE.margin, 0.01, (gates, 20)):
+        for look in RULES.looks:
+            held = decide([pairs(np.full(look, 0.8), 0.8 - noise[:look])], [], RULES, look=look)
+            if held.verdict != INCONCLUSIVE:
+                break
+        passed += held.verdict == PASS
+    assert passed / gates <= 0.05 + 2.6 * math.sqrt(0.05 * 0.95 / gates)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from harness.gate.decision import INCONCLUSIVE, PASS, Pairs, decide
 from harness.gate.power import pass_chance, seeds_needed
 from harness.gate.rules import GateRules, MetricRule
 
-RULES = GateRules(metrics=(MetricRule(metric="m", compare="difference", worse="higher", margin=1.0),))
+RULES = GateRules(
+    looks=(5,), metrics=(MetricRule(metric="m", compare="difference", worse="higher", margin=1.0),)
+)
 
 
 @pytest.mark.parametrize(
