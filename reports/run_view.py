@@ -255,11 +255,11 @@ def knob_shares(rows: pa.Table | None) -> dict[str, Any] | None:
     metric = next((name for name in IMPORTANT_FOR if name in rows.column_names), IMPORTANT_FOR[0])
     why, found = "", []
     try:
-        # Not before it is needed: it loads optuna, and a forest that is an optional extra.
+        # Not before it is needed: it loads optuna.
         from reports.importance import knob_importance
 
         found = knob_importance(rows, metric, seed=0)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # it, or the library that grows its forests, is not there
         why = f"it cannot be computed here: {text(error)}"
     except ValueError as error:
         why = text(error)
