@@ -57,7 +57,8 @@ def importance_command(metric: str) -> str:
     """What prints the importance of the knobs; not SQL, since a forest is fitted."""
     return (
         'python -c "from reports.importance import knob_importance; from reports.rows import read_rows; '
-        f"print(*knob_importance(read_rows('.'), '{metric}', seed=0), sep=chr(10))\""
+        "from reports.run_view import forest_rows; "
+        f"print(*knob_importance(forest_rows(read_rows('.')), '{metric}', seed=0), sep=chr(10))\""
     )
 
 

@@ -33,6 +33,7 @@ MOST_LINES = 50
 MOST_CURVES = 6  # more lines in one picture are not told apart
 MOST_EPOCHS = 20
 MOST_KNOBS = 15
+MOST_FOREST_CONFIGS = 120  # a forest of a thousand configs takes minutes
 MOST_NAN_CONFIGS = 24
 MOST_NAME = 60
 MOST_MATRIX_CONFIGS = 3
@@ -258,13 +259,16 @@ def knob_shares(rows: pa.Table | None) -> dict[str, Any] | None:
         # Not before it is needed: it loads optuna.
         from reports.importance import knob_importance
 
-        found = knob_importance(rows, metric, seed=0)
+        found = knob_importance(forest_rows(rows), metric, seed=0)
     except (ImportError, RuntimeError) as error:  # it, or the library that grows its forests, is not there
         why = f"it cannot be computed here: {text(error)}"
     except ValueError as error:
         why = text(error)
+    configs = pc.count_distinct(rows.column("config_id")).as_py()
     return {
         "metric": metric,
+        "configs": configs,
+        "sampled": min(configs, MOST_FOREST_CONFIGS),
         "entries": [
             {
                 "knob": name_of(one.knob),
@@ -279,6 +283,17 @@ def knob_shares(rows: pa.Table | None) -> dict[str, Any] | None:
         "left_out": max(0, len(found) - MOST_KNOBS),
         "why": why or ("" if found else "no knob has a share"),
     }
+
+
+def forest_rows(rows: pa.Table) -> pa.Table:
+    """The rows of which the importance of knobs is computed: all, or those of evenly many of the config ids.
+
+    Ids are hashes, so that every so-many-th in their order is a sample that prefers none.
+    """
+    ids = sorted(name for name in pc.unique(rows.column("config_id")).to_pylist() if name is not None)
+    if len(ids) <= MOST_FOREST_CONFIGS:
+        return rows
+    return rows.filter(pc.is_in(rows.column("config_id"), pa.array(_thinned(ids, MOST_FOREST_CONFIGS))))
 
 
 def risk_curves(rows: pa.Table | None, configs: Sequence[str]) -> dict[str, Any] | None:
@@ -679,7 +694,7 @@ def _spread(values: Iterable[Any]) -> tuple[float | None, float | None, float | 
     return sum(held) / len(held), min(finite, default=None), max(finite, default=None)
 
 
-def _thinned(steps: Sequence[int], most: int) -> list[int]:
+def _thinned(steps: Sequence[Any], most: int) -> list[Any]:
     """At most so many of the steps, evenly apart, the first and the last among them."""
     if len(steps) <= most:
         return list(steps)
