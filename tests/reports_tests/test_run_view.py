@@ -19,11 +19,13 @@ from reports.run_view import (
     MOST_AXES,
     MOST_CURVES,
     MOST_EPOCHS,
+    MOST_FOREST_CONFIGS,
     MOST_LISTED,
     MOST_POINTS,
     RunParts,
     coverage_by_target,
     error_by_coverage,
+    forest_rows,
     knob_shares,
     leaderboard_entries,
     learning_curves,
@@ -189,6 +191,19 @@ def test_importance_is_asked_for_or_said_to_be_refused(view: dict[str, Any]):
     assert refused is not None
     assert refused["entries"] == []
     assert "8" in refused["why"]
+
+
+def test_importance_of_many_configs_is_that_of_a_sample():
+    """Whole configs, evenly many by id, the same whatever the order of the rows; few are all taken."""
+    rows = pa.Table.from_pylist(made_rows(configs=300))
+    held = forest_rows(rows)
+    ids = set(held.column("config_id").to_pylist())
+    assert len(ids) == MOST_FOREST_CONFIGS
+    assert len(held) == 2 * len(ids)
+    turned = forest_rows(rows.take(list(reversed(range(len(rows))))))
+    assert set(turned.column("config_id").to_pylist()) == ids
+    few = rows.slice(0, 20)
+    assert forest_rows(few).equals(few)
 
 
 def test_importance_that_is_not_there_is_said(parts: RunParts, monkeypatch: pytest.MonkeyPatch):
