@@ -8,7 +8,7 @@ PACKAGES := scm search_spaces trainables reports harness
 .PHONY: help setup demo robustness-demo gate test test-slow lint bench-quick mutation clean
 
 help:
-	@echo "make demo       sweep the two example data sets and print the ranked configs"
+	@echo "make demo       sweep the two example data sets, print the ranked configs, write a page of each run"
 	@echo "make robustness-demo  try the three best of those configs on singular inputs, faults and shifted data"
 	@echo "make gate       compare this code's trainings with a baseline's: the commit before it, or a stored one"
 	@echo "make test       run the tests"
@@ -29,6 +29,8 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/scm-harness sweep examples/nh4.yaml --out runs/demo/nh4
 	$(BIN)/scm-harness sweep examples/gbsg2.yaml --out runs/demo/gbsg2
+	$(BIN)/scm-harness report runs/demo/nh4
+	$(BIN)/scm-harness report runs/demo/gbsg2
 
 robustness-demo: setup
 	test -f runs/demo/gbsg2/leaderboard.parquet || $(BIN)/scm-harness sweep examples/gbsg2.yaml --out runs/demo/gbsg2

@@ -11,15 +11,16 @@ from typing import Any
 from reports.comparison import Comparison
 from reports.comparison_text import sections_of
 from reports.drawing import Chart, Series, draw_lines
-from reports.templating import render_template
+from reports.pages import render_template
 
 LEAST_CURVE = 2
 
 
 def render_page(told: Comparison, top: int | None = 10) -> str:
     """The comparison as HTML, with the ranks of the configs drawn against each other where there are some."""
-    values = {"told": told, "sections": sections_of(told, top), "moved": rank_chart(told)}
-    return render_template("comparison.html", values)
+    return render_template(
+        "comparison.html", told=told, sections=sections_of(told, top), moved=rank_chart(told)
+    )
 
 
 def rank_chart(told: Comparison) -> Chart | None:

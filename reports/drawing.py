@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 300.0, 176.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+SCATTER_WIDTH, SCATTER_HEIGHT = 420.0, 270.0
+AXIS_GAP, PARALLEL_HEIGHT, PARALLEL_TOP, PARALLEL_BOTTOM = 104.0, 300.0, 44.0, 36.0
 STYLES = 6  # colours, marks and dashes that the templates know
 _LOG_FROM = 30.0  # a span of values above which their logarithm is drawn
 _LARGEST, _SMALLEST = 1e300, 1e-300  # axes end there, so that no span and no power overflows
@@ -74,6 +76,93 @@ class Chart:
     bottom: float = HEIGHT - BOTTOM
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One point of a scatter: where it is, its style, what is said of it, and what y ranges over."""
+
+    x: float
+    y: float
+    text: str
+    style: int = 0
+    marked: bool = False
+    y_low: float | None = None
+    y_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A placed point; `low` and `high` are the ends of its range, None where it has none."""
+
+    x: float
+    y: float
+    text: str
+    style: int
+    marked: bool
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Everything that a template needs to draw points, and a line to compare them with."""
+
+    title: str
+    x_ticks: Sequence[Tick]
+    y_ticks: Sequence[Tick]
+    dots: Sequence[Dot]
+    guide: str
+    log_x: bool
+    log_y: bool
+    width: float = SCATTER_WIDTH
+    height: float = SCATTER_HEIGHT
+    left: float = LEFT
+    right: float = SCATTER_WIDTH - RIGHT
+    top: float = TOP
+    bottom: float = SCATTER_HEIGHT - BOTTOM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One of several parallel axes: its name, and the value of every line on it (None: the line has none)."""
+
+    name: str
+    values: Sequence[float | str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedAxis:
+    """A parallel axis, where it stands, and its ticks; `unused` is the place of lines without a value."""
+
+    name: str
+    x: float
+    ticks: Sequence[Tick]
+    log: bool
+    unused: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Axes beside each other, and the path of every line through them."""
+
+    title: str
+    axes: Sequence[PlacedAxis]
+    paths: Sequence[str]
+    width: float
+    height: float
+    top: float
+    bottom: float
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """A part of a strip: where it begins, how wide it is, its share of the largest, what is said of it."""
+
+    x: float
+    width: float
+    share: float
+    text: str
+
+
 def draw_lines(
     title: str,
     series: Sequence[Series],
@@ -114,6 +203,120 @@ def draw_lines(
     )
 
 
+def draw_scatter(
+    title: str,
+    points: Sequence[Point],
+    *,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    diagonal: bool = False,
+) -> Scatter:
+    """Place points by two numbers each; an axis without a range is as long as its values need.
+
+    An axis whose positive values span more than a factor of 30 is logarithmic. `diagonal` adds the line on
+    which x equals y. Raises ValueError for a point that is not finite: it has no place.
+    """
+    for point in points:
+        if not (math.isfinite(point.x) and math.isfinite(point.y)):
+            raise ValueError(f"a point must be finite, got x={point.x}, y={point.y}")
+    ends = [end for point in points for end in (point.y_low, point.y_high) if end is not None]
+    xs = _span([point.x for point in points], x_range)
+    ys = _span([*(point.y for point in points), *filter(math.isfinite, ends)], y_range)
+    right, bottom = SCATTER_WIDTH - RIGHT, SCATTER_HEIGHT - BOTTOM
+
+    def across(value: float) -> float:
+        return round(xs.place(value, LEFT, right), 1)
+
+    def up(value: float) -> float:
+        return round(ys.place(value, bottom, TOP), 1)
+
+    dots = [
+        Dot(
+            across(point.x),
+            up(point.y),
+            point.text,
+            point.style % STYLES,
+            point.marked,
+            up(point.y_low) if point.y_low is not None and _is_finite(point.y_low) else None,
+            up(point.y_high) if point.y_high is not None and _is_finite(point.y_high) else None,
+        )
+        for point in points
+    ]
+    guide = ""
+    if diagonal:
+        low = max(xs.bounds[0], ys.bounds[0])
+        high = min(xs.bounds[1], ys.bounds[1])
+        if low < high:
+            guide = f"M{across(low)} {up(low)}L{across(high)} {up(high)}"
+    return Scatter(
+        title=title,
+        x_ticks=[Tick(across(value), label) for value, label in xs.ticks],
+        y_ticks=[Tick(up(value), label) for value, label in ys.ticks],
+        dots=dots,
+        guide=guide,
+        log_x=xs.log,
+        log_y=ys.log,
+    )
+
+
+def draw_parallel(title: str, axes: Sequence[Axis]) -> Parallel:
+    """Place lines through parallel axes; every axis must have one value per line (ValueError).
+
+    An axis of numbers is linear or logarithmic, one with a text has its texts in their order. A line without
+    a value, or with one that is not finite, goes below the axis, to a place of its own.
+    """
+    if len({len(axis.values) for axis in axes}) > 1:
+        raise ValueError(f"axes must have one value per line, got {[len(axis.values) for axis in axes]}")
+    bottom = PARALLEL_HEIGHT - PARALLEL_BOTTOM
+    unused = PARALLEL_HEIGHT - PARALLEL_BOTTOM / 2
+    placed, heights = [], []
+    for index, axis in enumerate(axes):
+        values = [value if isinstance(value, str) or _is_finite(value) else None for value in axis.values]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        if len(numbers) < sum(value is not None for value in values):
+            names = sorted({str(value) for value in values if value is not None})
+            span = _Span((0.0, max(1.0, len(names) - 1.0)), [], False)
+            where = [None if value is None else float(names.index(str(value))) for value in values]
+            ticks: Sequence[tuple[float, str]] = [(float(at), name) for at, name in enumerate(names)]
+        else:
+            span = _span(numbers, None)
+            where = [None if value is None else float(value) for value in values]
+            ticks = span.ticks
+        placed.append(
+            PlacedAxis(
+                axis.name,
+                AXIS_GAP * (index + 0.5),
+                [Tick(round(span.place(at, bottom, PARALLEL_TOP), 1), label) for at, label in ticks],
+                span.log,
+                unused if any(value is None for value in values) else None,
+            )
+        )
+        heights.append(
+            [unused if at is None else round(span.place(at, bottom, PARALLEL_TOP), 1) for at in where]
+        )
+    lines = len(axes[0].values) if axes else 0
+    paths = [
+        "".join(
+            f"{'L' if index else 'M'}{axis.x:g} {heights[index][line]:g}" for index, axis in enumerate(placed)
+        )
+        for line in range(lines)
+    ]
+    return Parallel(title, placed, paths, AXIS_GAP * max(1, len(axes)), PARALLEL_HEIGHT, PARALLEL_TOP, bottom)
+
+
+def draw_strip(
+    counts: Sequence[float], texts: Sequence[str], width: float = 240.0, most: float | None = None
+) -> list[Strip]:
+    """The parts of a strip of equally wide cells that hold something, each with its share of the largest."""
+    wide = width / max(1, len(counts))
+    top = max([*counts, 0.0]) if most is None else most
+    return [
+        Strip(round(index * wide, 1), round(max(1.0, wide - 0.5), 1), min(1.0, count / top), text)
+        for index, (count, text) in enumerate(zip(counts, texts, strict=True))
+        if count > 0 and top > 0
+    ]
+
+
 def nice_ticks(low: float, high: float, most: int) -> list[float]:
     """At most `most` round numbers (1, 2 or 5 times a power of ten apart) from low to high.
 
@@ -132,6 +335,26 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     return [low, high]
 
 
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` numbers from low to high, both positive: 1, 2, 5 times powers of ten, or powers alone.
+
+    >>> log_ticks(300.0, 20000.0, 6)
+    [500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0]
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    for factors, every in (
+        ((1, 2, 5), 1),
+        ((1,), 1),
+        *(((1,), step) for step in (2, 5, 10, 20, 50, 100, 200)),
+    ):
+        powers = [power for power in range(first, last + 1) if power % every == 0]
+        ticks = [float(f"{factor}e{power}") for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= most:
+            return ticks
+    return []
+
+
 def short(value: float | None) -> str:
     """A number in at most three significant digits; a dash for none.
 
@@ -148,6 +371,42 @@ def short(value: float | None) -> str:
         digits, power = f"{value:.2e}".split("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The range of an axis with its ticks, and whether it is logarithmic."""
+
+    bounds: tuple[float, float]
+    ticks: Sequence[tuple[float, str]]
+    log: bool
+
+    def place(self, value: float, first: float, last: float) -> float:
+        """Where the value lies between two places."""
+        if not self.log:
+            return _place(value, self.bounds, first, last)
+        low, high = (math.log10(bound) for bound in self.bounds)
+        return _place(math.log10(max(value, self.bounds[0])), (low, high), first, last)
+
+
+def _span(values: Sequence[float], asked: tuple[float, float] | None) -> _Span:
+    """As long as the values need, with a little room at both ends."""
+    if asked is not None:
+        return _Span(asked, [(at, short(at)) for at in nice_ticks(*asked, 6)], False)
+    known = [max(-_LARGEST, min(_LARGEST, value)) for value in values]
+    if not known:
+        return _span([], (0.0, 1.0))
+    low, high = min(known), max(known)
+    if low > 0 and high / low > _LOG_FROM:
+        bounds = (max(_SMALLEST, low) / 1.2, high * 1.2)
+        return _Span(bounds, [(at, short(at)) for at in log_ticks(*bounds, 6)], True)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    bounds = (low - room if low < 0 or low > room else min(low, 0.0), high + room)
+    return _Span(bounds, [(at, short(at)) for at in nice_ticks(*bounds, 6)], False)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _y_axis(

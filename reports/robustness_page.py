@@ -6,19 +6,13 @@ chosen in `robustness_view`, drawn in `drawing`; every text is escaped.
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from reports.drawing import Chart, Series, draw_lines, short
-from reports.robustness_view import Rows, page_view
-from reports.templating import render_template
+from reports.pages import Rows, read_mapping_part, read_part, render_template, write_page_file
+from reports.robustness_view import page_view
 
 PAGE_FILE = "report.html"
 RUN_PART = "robustness"  # the folder's name inside a run
@@ -42,65 +36,24 @@ def write_page(folder: Path) -> Path:
     problems: dict[str, str] = {}
     for name in PARTS:
         parts[name], problems[name] = read_part(folder / f"{name}.parquet")
-    said, problems["provenance"] = read_provenance(folder / PROVENANCE_FILE)
+    said, problems["provenance"] = read_mapping_part(folder / PROVENANCE_FILE)
     page = render_page(page_view(parts, said), problems, title=_title(folder.resolve()))
     path = folder / PAGE_FILE
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_page_file(path, page)
     return path
-
-
-def read_part(path: Path) -> tuple[Rows | None, str]:
-    """The rows of a file and why there are none, one of which is empty."""
-    if not path.is_file():
-        return None, f"{path.name} is missing"
-    try:
-        with pq.ParquetFile(pa.BufferReader(path.read_bytes()), page_checksum_verification=True) as file:
-            return file.read(use_threads=False).to_pylist(), ""
-    except (pa.ArrowException, OSError) as error:
-        return None, f"{path.name} cannot be read as Parquet: {' '.join(str(error).split())}"
-
-
-def read_provenance(path: Path) -> tuple[Mapping[str, Any] | None, str]:
-    """What robustness.json holds and why there is nothing, one of which is empty."""
-    if not path.is_file():
-        return None, f"{path.name} is missing"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        return None, f"{path.name} cannot be read as JSON: {' '.join(str(error).split())}"
-    return (said, "") if isinstance(said, dict) else (None, f"{path.name} holds no mapping")
 
 
 def render_page(view: Mapping[str, Any], problems: Mapping[str, str], *, title: str) -> str:
     """The page as HTML; `problems` says of each part why it is not there, empty where it is."""
     return render_template(
         "robustness.html",
-        {
-            "view": view,
-            "problems": problems,
-            "parts": PARTS,
-            "title": title,
-            "fault_charts": [_fault_charts(figure) for figure in view["faults"] or ()],
-            "shift_charts": [_shift_charts(figure) for figure in view["shifts"] or ()],
-        },
-        filters={"shade": shade},
+        view=view,
+        problems=problems,
+        parts=PARTS,
+        title=title,
+        fault_charts=[_fault_charts(figure) for figure in view["faults"] or ()],
+        shift_charts=[_shift_charts(figure) for figure in view["shifts"] or ()],
     )
-
-
-def shade(share: float | None) -> int:
-    """Which of the shades 0 (all lost) to 10 (all kept) a share has; -1 for none.
-
-    >>> shade(0.0), shade(0.449), shade(1.0), shade(None)
-    (0, 4, 10, -1)
-    """
-    if share is None or not math.isfinite(share):
-        return -1
-    return min(10, max(0, math.floor(share * 10 + 1e-9)))
 
 
 def _title(folder: Path) -> str:

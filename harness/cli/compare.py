@@ -74,9 +74,9 @@ def read_compared(a: Path, b: Path) -> tuple[ComparedRun, ComparedRun]:
     """
     from reports.comparison import ComparedRun
     from reports.fragments import RunReadError
+    from reports.pages import read_mapping_part
     from reports.provenance import PROVENANCE_FILE
     from reports.ranking import rank
-    from reports.robustness_page import read_provenance
     from reports.robustness_scores import read_robustness
     from reports.rows import read_rows
 
@@ -100,7 +100,7 @@ def read_compared(a: Path, b: Path) -> tuple[ComparedRun, ComparedRun]:
                 rows=held,
                 leaderboard=leaderboard,
                 plan=_read_plan(folder),
-                provenance=read_provenance(folder / PROVENANCE_FILE)[0],
+                provenance=read_mapping_part(folder / PROVENANCE_FILE)[0],
             )
         )
     return runs[0], runs[1]

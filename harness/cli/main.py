@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "defaults": Command(
         "harness.cli.defaults", "confirm the best configs of a run on fresh seeds, and write the default"
     ),
+    "report": Command("harness.cli.report", "write a page of a run that needs no network, or Markdown"),
     "robustness": Command(
         "harness.cli.robustness",
         "try laws, faults and shifted data on the best configs of a run, or on a model",

@@ -9,7 +9,26 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from reports.drawing import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, draw_lines, nice_ticks, short
+from reports.drawing import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    SCATTER_HEIGHT,
+    SCATTER_WIDTH,
+    TOP,
+    WIDTH,
+    Axis,
+    Point,
+    Series,
+    draw_lines,
+    draw_parallel,
+    draw_scatter,
+    draw_strip,
+    log_ticks,
+    nice_ticks,
+    short,
+)
 
 ANY = st.none() | st.floats(allow_nan=True, allow_infinity=True)
 
@@ -76,3 +95,98 @@ def test_ticks_are_few_and_within(low, span):
 def test_numbers_are_short(value, said):
     """Three digits, powers of ten where they are shorter."""
     assert short(value) == said
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(st.tuples(FINITE, FINITE, ANY), min_size=1, max_size=8), st.booleans())
+@example([(5e-324, 1.7e308, None), (1.0, -1.7e308, 0.0)], False)
+@example([(1.0, 5e-324, None), (1.0, 1e-310, None)], False)
+@example([(1.0, 1e-310, None), (1.0, 1.7e308, None)], True)
+def test_every_point_of_a_scatter_lies_in_the_picture(values, bounded):
+    """Whatever finite numbers they have; the ends of a range that are not finite are left out."""
+    points = [Point(x=x, y=y, text="p", style=9, y_low=end, y_high=y) for x, y, end in values]
+    chart = draw_scatter("t", points, x_range=(0.0, 1.0) if bounded else None, diagonal=True)
+    assert len(chart.dots) == len(points)
+    for dot in chart.dots:
+        assert LEFT <= dot.x <= SCATTER_WIDTH - RIGHT
+        assert TOP <= dot.y <= SCATTER_HEIGHT - BOTTOM
+        assert all(end is None or TOP <= end <= SCATTER_HEIGHT - BOTTOM for end in (dot.low, dot.high))
+        assert 0 <= dot.style < 6
+    assert all(math.isfinite(tick.at) for tick in (*chart.x_ticks, *chart.y_ticks))
+
+
+def test_a_scatter_keeps_the_order_of_its_points():
+    """Further right for a larger x, higher for a larger y; a wide span by its logarithm."""
+    points = [Point(x=x, y=y, text="") for x, y in ((0.1, 1.0), (0.2, 100.0), (0.3, 10_000.0))]
+    chart = draw_scatter("t", points)
+    assert [dot.x for dot in chart.dots] == sorted(dot.x for dot in chart.dots)
+    ys = [dot.y for dot in chart.dots]
+    assert ys == sorted(ys, reverse=True)
+    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
+    assert (chart.log_x, chart.log_y) == (False, True)
+
+
+def test_a_scatter_refuses_what_has_no_place():
+    """Who calls counts the points that are not finite, and says so."""
+    with pytest.raises(ValueError, match="a point must be finite, got x=nan, y=1"):
+        draw_scatter("t", [Point(x=math.nan, y=1.0, text="")])
+
+
+def test_a_diagonal_goes_from_corner_to_corner_of_equal_ranges():
+    """And is not drawn where the ranges have nothing in common."""
+    chart = draw_scatter(
+        "t", [Point(x=0.5, y=0.5, text="")], x_range=(0.0, 1.0), y_range=(0.0, 1.0), diagonal=True
+    )
+    ends = [float(number) for number in re.findall(r"[-\d.]+", chart.guide)]
+    assert ends == [LEFT, SCATTER_HEIGHT - BOTTOM, SCATTER_WIDTH - RIGHT, TOP]
+    apart = draw_scatter("t", [Point(x=0.5, y=50.0, text="")], x_range=(0.0, 1.0), diagonal=True)
+    assert apart.guide == ""
+
+
+@given(st.lists(st.lists(ANY | st.sampled_from(["adam", "sgd"]), min_size=3, max_size=3), max_size=5))
+@example([[5e-324, 1.7e308, 1.0]])
+def test_every_line_goes_through_every_parallel_axis(columns):
+    """Whatever the values: numbers, texts, both, none."""
+    chart = draw_parallel("t", [Axis(name="k", values=column) for column in columns])
+    assert len(chart.paths) == (3 if columns else 0)
+    for path in chart.paths:
+        assert path.count("M") + path.count("L") == len(columns)
+        assert all(math.isfinite(float(number)) for number in re.findall(r"[-\d.e+]+|nan|inf", path))
+
+
+def test_a_line_without_a_value_goes_below_the_axis():
+    """To a place that is named, and only where there is such a line."""
+    chart = draw_parallel(
+        "t", [Axis(name="momentum", values=[0.5, None]), Axis(name="optimizer", values=["sgd", "adam"])]
+    )
+    momentum, optimizer = chart.axes
+    assert momentum.unused is not None
+    assert momentum.unused > chart.bottom
+    assert chart.paths[1].startswith(f"M{momentum.x:g} {momentum.unused:g}")
+    assert optimizer.unused is None
+    assert [tick.label for tick in optimizer.ticks] == ["adam", "sgd"]
+    assert optimizer.ticks[0].at > optimizer.ticks[1].at
+
+
+def test_parallel_axes_must_have_the_same_lines():
+    """One value each."""
+    with pytest.raises(ValueError, match=r"one value per line, got \[1, 2\]"):
+        draw_parallel("t", [Axis(name="a", values=[1.0]), Axis(name="b", values=[1.0, 2.0])])
+
+
+def test_a_strip_has_the_cells_that_hold_something():
+    """Where each begins, and its share of the largest."""
+    parts = draw_strip([0, 5, 0, 10], ["a", "b", "c", "d"], width=40.0)
+    assert [(part.x, part.share, part.text) for part in parts] == [(10.0, 0.5, "b"), (30.0, 1.0, "d")]
+    assert draw_strip([], []) == draw_strip([0], ["a"]) == []
+
+
+@given(st.floats(1e-300, 1e290), st.floats(1.0, 1e9))
+def test_ticks_of_a_logarithm_are_few_and_within(low, factor):
+    """In order, between the ends."""
+    ticks = log_ticks(low, low * factor, 6)
+    assert len(ticks) <= 6
+    assert ticks == sorted(ticks)
+    assert all(low <= tick <= low * factor for tick in ticks)

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reports.robustness_page import PARTS, shade, write_page
+from reports.pages import shade
+from reports.robustness_page import PARTS, write_page
 from reports.robustness_shift import write_shift
 from reports.robustness_view import (
     MOST_BROKEN,
