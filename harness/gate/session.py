@@ -156,7 +156,7 @@ def run_gate(suite: Suite, options: GateOptions, say: Say) -> GateResult:
         return GateResult(
             suite=suite,
             anchors=decided,
-            notes=tuple(notes),
+            notes=(*notes, *work.lost),
             candidate=told_arm(stores["candidate"].taken),
             candidate_folder=stores["candidate"].folder,
             fingerprint=here,
@@ -388,6 +388,7 @@ class Work:
         self.arms = arms
         self.stores = stores
         self.trained = 0
+        self.lost: list[str] = []
         self.reused = sum(len(store.taken.rows) for store in stores.values())
         cores = (
             len(arms) if suite.device != "cpu" else usable_cores()
@@ -443,7 +444,10 @@ class Work:
             name, key = answer.job.arm, answer.job.key
             counter.step()
             if answer.told is None:
-                self._say(f"{name}: trial of {key[0]!r} with seed {key[1]} was lost: {one_line(answer.lost)}")
+                self.lost.append(
+                    f"{name}: trial of {key[0]!r} with seed {key[1]} was lost: {one_line(answer.lost)}"
+                )
+                self._say(self.lost[-1])
                 return
             told = answer.told
             if "error" in told:
