@@ -95,7 +95,7 @@ class Pool:
                     told = worker.ask(job.request, self._timeout_s)
                     self._answers.put(Answer(job, told))
                     break
-                except WorkerLostError as error:
+                except (WorkerLostError, OSError, ValueError) as error:  # whatever it is, it is answered
                     lost = str(error)
                     self._end(worker)
                     worker = None

@@ -156,7 +156,7 @@ def run_gate(suite: Suite, options: GateOptions, say: Say) -> GateResult:
         return GateResult(
             suite=suite,
             anchors=decided,
-            notes=tuple(notes),
+            notes=(*notes, *work.lost),
             candidate=told_arm(stores["candidate"].taken),
             candidate_folder=stores["candidate"].folder,
             fingerprint=here,
@@ -193,7 +193,7 @@ def choose_baseline(
         find_manifest(root, suite.name, here) if options.against is None or options.any_baseline else None
     )
     if manifest is not None:
-        return stored_baseline(manifest, options)
+        return stored_baseline(suite, manifest, options)
     if options.against is None and not options.any_baseline:
         raise no_baseline(root, suite.name, suite.path, here)
     missing = f"no stored baseline fits this machine ({here.identity})"
@@ -225,11 +225,21 @@ def greet_baseline(arm: Arm, candidate: Arm, told: Mapping[str, Any]) -> Mapping
     return said
 
 
-def stored_baseline(manifest: Manifest, options: GateOptions) -> ChosenBaseline:
-    """The anchors of a manifest, read and checked."""
+def stored_baseline(suite: Suite, manifest: Manifest, options: GateOptions) -> ChosenBaseline:
+    """The anchors of a manifest, read and checked: the previous one must reach to the suite's first look."""
     found = anchors(manifest)
-    check_expiry(found[0][1], options.today())
+    version = found[0][1]
+    check_expiry(version, options.today())
     stored = tuple((name, read_baseline(manifest, version)) for name, version in found)
+    first = suite.seeds[: suite.rules.looks[0]]
+    for one in suite.scenarios:
+        lacking = [seed for seed in first if (one.name, seed) not in stored[0][1].rows]
+        if lacking:
+            raise UserError(
+                f"baseline {version.name} lacks scenario {one.name!r} with seed "
+                f"{', '.join(map(str, lacking))}: the suite has grown, record and accept a new one",
+                EXIT_BASELINE,
+            )
     return ChosenBaseline(stored=stored, nan_allowance=manifest.nan_allowance)
 
 
@@ -304,12 +314,15 @@ def decide_anchors(
     decided = []
     for name, base in compared:
         scenarios = [one.name for one in suite.scenarios]
+        seeds = list(suite.seeds[:look])
         notes: list[str] = []
         if name == "release":
             scenarios, notes = comparable_scenarios(suite, base)
-            if not scenarios:
+            # What the release was not asked for is no gap: it stays as it was when it was released.
+            seeds = [seed for seed in seeds if all((one, seed) in base.rows for one in scenarios)]
+            if not scenarios or not seeds:
                 continue
-        found = compare_arms(base, candidate, rules, scenarios=scenarios, seeds=suite.seeds[:look])
+        found = compare_arms(base, candidate, rules, scenarios=scenarios, seeds=seeds)
         decided.append(make_anchor(name, told_arm(base), found, rules, look, notes))
     return tuple(decided)
 
@@ -375,6 +388,7 @@ class Work:
         self.arms = arms
         self.stores = stores
         self.trained = 0
+        self.lost: list[str] = []
         self.reused = sum(len(store.taken.rows) for store in stores.values())
         cores = (
             len(arms) if suite.device != "cpu" else usable_cores()
@@ -430,7 +444,10 @@ class Work:
             name, key = answer.job.arm, answer.job.key
             counter.step()
             if answer.told is None:
-                self._say(f"{name}: trial of {key[0]!r} with seed {key[1]} was lost: {one_line(answer.lost)}")
+                self.lost.append(
+                    f"{name}: trial of {key[0]!r} with seed {key[1]} was lost: {one_line(answer.lost)}"
+                )
+                self._say(self.lost[-1])
                 return
             told = answer.told
             if "error" in told:

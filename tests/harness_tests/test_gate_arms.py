@@ -169,9 +169,12 @@ def test_a_change_of_one_s_own_task_fails_until_it_is_accepted(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Against a commit: exit 1 by the change; accepted with a reason, just this change is no failure."""
+    before, _, after = SUITE.partition("  - name: table")
+    alone = before + "metrics" + after.partition("\nmetrics")[2]
+    (place / "suite.yaml").write_text(alone, encoding="utf-8")
     run = ["gate", "run", "--suite", "suite.yaml", "--against", "HEAD"]
     assert main(run) == EXIT_PASS
-    assert "all 8 rows are bit-identical" in capsys.readouterr().out
+    assert "all 4 rows are bit-identical" in capsys.readouterr().out
     (place / "own_task.py").write_text(ABSTAINING, encoding="utf-8")
     assert main(run) == EXIT_REGRESSION
     assert main(["gate", "accept", "--reason", "abstains on purpose", "--approver", "me"]) == EXIT_PASS
@@ -224,17 +227,41 @@ def test_a_signal_ends_a_gate_with_its_rows_kept(number: signal.Signals, place: 
     )
 
 
+FAILING = """
+import os
+from trainables.tasks.dose import make_dose_task
+
+class Own:
+    def __init__(self, params):
+        self.task = make_dose_task({"n_train": 200, "n_val": 200, "n_test": 50})
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def splits(self, seed):
+        if seed == 2:
+            FAIL
+        return self.task.splits(seed)
+"""
+
+
 @pytest.mark.slow
-def test_a_trial_that_fails_is_never_passed_over(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A task that raises with one seed: exit 5, with its message, also against itself."""
-    (place / "own_task.py").write_text(
-        "from trainables.tasks.dose import make_dose_task\n\nclass Own:\n    def __init__(self, params):\n"
-        "        self.task = make_dose_task({'n_train': 200, 'n_val': 200, 'n_test': 50})\n"
-        "    def __getattr__(self, name):\n        return getattr(self.task, name)\n"
-        "    def splits(self, seed):\n        if seed == 2:\n            raise OSError('no data today')\n"
-        "        return self.task.splits(seed)\n",
-        encoding="utf-8",
-    )
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        ("raise OSError('no data today')", "trial of 'own' with seed 2 failed: OSError: no data today"),
+        ("os._exit(7)", "trial of 'own' with seed 2 was lost: the worker ended with code 7"),
+    ],
+    ids=["raises", "ends its process"],
+)
+def test_a_trial_that_fails_is_never_passed_over(
+    failure: str, expected: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 5, with the reason, also against itself; the other trials are not lost with it."""
+    (place / "own_task.py").write_text(FAILING.replace("FAIL", failure), encoding="utf-8")
     (place / "suite.yaml").write_text(SUITE.replace("own_task:make", "own_task:Own"), encoding="utf-8")
     assert main(["gate", "run", "--suite", "suite.yaml", "--any-baseline"]) == EXIT_INCOMPLETE
-    assert "trial of 'own' with seed 2 failed: OSError: no data today" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert expected in said
+    assert "own: coverage of 1 of 4 seeds" in said
+    assert "table: coverage" not in said

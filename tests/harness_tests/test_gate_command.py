@@ -188,6 +188,11 @@ def test_a_baseline_that_does_not_fit_is_no_baseline(place: Path, capsys: pytest
     manifest.write_text(json.dumps(values), encoding="utf-8")
     refused("baseline v0001 was accepted until 2020-01-31 (the first)", "accept again")
     values["versions"][0]["expires"] = None
+    manifest.write_text(json.dumps(values), encoding="utf-8")
+    text = (place / "suite.yaml").read_text(encoding="utf-8")
+    (place / "suite.yaml").write_text(text.replace("looks: [4, 6]", "looks: [8]"), encoding="utf-8")
+    refused("baseline v0001 lacks scenario", "with seed 6, 7: the suite has grown")
+    (place / "suite.yaml").write_text(text, encoding="utf-8")
     values["versions"][0]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(values), encoding="utf-8")
     refused("v0001.parquet is not the file that its manifest names")

@@ -177,6 +177,19 @@ def test_a_release_without_a_scenario_is_not_asked_for_it(tmp_path: Path) -> Non
     assert [one.name for one in found] == ["previous"]
 
 
+def test_a_release_of_fewer_seeds_is_compared_on_those(tmp_path: Path) -> None:
+    """It is no gap that a release was made of four seeds where six are looked at now."""
+    anchors = (
+        ("previous", stored_rows(tmp_path, "previous", lambda _, seed: {})),
+        ("release", stored_rows(tmp_path, "release", lambda _, seed: {}, seeds=4)),
+    )
+    work = Planted(tmp_path, candidate=lambda _, seed: {"coverage": 0.8 + 0.05 * (-1) ** seed})
+    found = take_looks(suite_of(tmp_path), ChosenBaseline(stored=anchors), work, print)  # type: ignore[arg-type]
+    assert [len(asked) for asked in work.asked] == [4, 6, 8]
+    assert not any(one.decision.missing for one in found)
+    assert found[1].decision.cells[0].n == 4
+
+
 @pytest.mark.parametrize(
     ("options", "commit", "expected"),
     [
