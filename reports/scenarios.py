@@ -28,8 +28,8 @@ import pyarrow.compute as pc
 
 from reports.aggregate import Bools, Floats, Ints, Trials, group_trials
 from reports.evidence import RANK_COLUMNS, RESAMPLES, Blocks, resample_ranks
+from reports.fronts import Standing, order_configs
 from reports.metrics import ROBUSTNESS, Metric
-from reports.order import Standing, order_configs
 from reports.ranking import MOST_WEIGHED, NAN_COUNT, RankingOptions, rank
 from reports.schema import CONFIG_PREFIX, config_columns
 
@@ -279,10 +279,10 @@ class _Figures:
             feasible=np.ones(len(self.settings), dtype=bool),
             number_wrong=self.number_wrong,
             kind=np.where(self.number_wrong > 0, 4, 2 * worthless).astype(np.int64),
-            objectives=np.column_stack(
-                [self._as_compared(metric.name, means[metric.name]) for metric in self.options.objectives]
-            ),
-            ties=np.column_stack([regrets[metric.name] for metric in self.options.ties]),
+            objectives=[
+                self._as_compared(metric.name, means[metric.name]) for metric in self.options.objectives
+            ],
+            ties=[regrets[metric.name] for metric in self.options.ties],
         )
 
     def _as_compared(self, name: str, mean: Floats) -> Floats:
@@ -352,7 +352,7 @@ def _leaderboard(
     standing = figures.stand(ones)
     ranks = _ranks_within(figures, held)
     # What all regrets leave open, the mean rank decides, and then the id.
-    standing = replace(standing, ties=np.column_stack([standing.ties, ranks.mean(axis=1)]))
+    standing = replace(standing, ties=[*standing.ties, ranks.mean(axis=1)])
     front, order = order_configs(standing)
 
     good = [figures.settings[index] for index in order]
@@ -373,7 +373,13 @@ def _leaderboard(
     }
     weighed = min(number, MOST_WEIGHED)
     first = figures.first(weighed, order)
-    sure = resample_ranks(first.stand, configs=weighed, blocks=blocks, resamples=drawing[0], seed=drawing[1])
+    sure = resample_ranks(
+        lambda drawn: order_configs(first.stand(drawn)),
+        configs=weighed,
+        blocks=blocks,
+        resamples=drawing[0],
+        seed=drawing[1],
+    )
     for name in RANK_COLUMNS:
         found = sure.column(name).to_pylist()
         columns[name] = pa.array([*found, *[None] * (len(listed) - weighed)], sure.schema.field(name).type)
