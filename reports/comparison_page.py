@@ -6,14 +6,13 @@ Its numbers are those of `comparison`, its sections those of `comparison_text`; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from reports.comparison import Comparison
 from reports.comparison_text import sections_of
 from reports.drawing import Chart, Series, draw_lines
 from reports.pages import render_template
 
-LEAST_CURVE = 2
+LEAST_POINTS = 2
 
 
 def render_page(told: Comparison, top: int | None = 10) -> str:
@@ -24,17 +23,24 @@ def render_page(told: Comparison, top: int | None = 10) -> str:
 
 
 def rank_chart(told: Comparison) -> Chart | None:
-    """Rank in B over rank in A of the configs of both, those that are not ruled out; None below two."""
+    """Place in B over place in A of the configs of both that are not ruled out; None below two.
+
+    Places run from 0, the best rank among them, to 1, the last.
+    """
     pairs = rank_points(told)
-    if len(pairs) < LEAST_CURVE:
+    if len(pairs) < LEAST_POINTS:
         return None
-    last = max(max(pair) for pair in pairs)
-    x = [float(one) for one, _ in pairs]
-    series: Sequence[Any] = (
-        Series(name="rank in B", style=0, values=[float(other) for _, other in pairs], x=x),
-        Series(name="no move", style=1, values=[1.0, float(last)], x=[1.0, float(last)]),
+    x, y = (_places(ranks) for ranks in zip(*pairs, strict=True))
+    series = (
+        Series(name="place in B", style=0, values=y, x=x),
+        Series(name="no move", style=1, values=[0.0, 1.0], x=[0.0, 1.0]),
     )
-    return draw_lines("rank in B by rank in A", series)
+    return draw_lines("place in B by place in A", series, y_range=(0.0, 1.0))
+
+
+def _places(ranks: Sequence[int]) -> list[float]:
+    first, last = min(ranks), max(ranks)
+    return [(rank - first) / (last - first) for rank in ranks]
 
 
 def rank_points(told: Comparison) -> list[tuple[int, int]]:

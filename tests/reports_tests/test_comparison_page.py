@@ -142,6 +142,12 @@ def test_nothing_in_common_leaves_the_runs_and_what_changed():
 def test_ranks_are_drawn_of_configs_that_neither_run_rules_out():
     out = replace(made().configs[0], why_a="failed")
     assert rank_points(made(configs=(out, *made().configs[1:]))) == [(2, 2), (3, 1)]
+    chart = rank_chart(made())
+    assert chart is not None
+    marks = [(mark.x, mark.y) for mark in chart.lines[0].marks]
+    assert [x for x, _ in marks] == sorted({x for x, _ in marks})
+    assert [y for _, y in marks] == sorted({y for _, y in marks})  # the order turned around, and y goes down
+    assert chart.left <= marks[0][0] < marks[-1][0] <= chart.right
 
 
 def test_hostile_texts_are_inert_in_every_form():
