@@ -173,10 +173,7 @@ def _pieces(footers: Sequence[Footer]) -> list[_Piece]:
     pieces: list[_Piece] = []
     start, open_rows = 0, PIECE_ROWS
     for footer in footers:
-        whole = _is_small(footer)
-        for groups in (
-            [tuple(range(len(footer.groups)))] if whole else [(g,) for g in range(len(footer.groups))]
-        ):
+        for groups in _bundles(footer.groups):
             part = _Part(footer, groups, start)
             start, rows = part.stop, part.stop - part.start
             if open_rows + rows > PIECE_ROWS:
@@ -185,6 +182,19 @@ def _pieces(footers: Sequence[Footer]) -> list[_Piece]:
             pieces[-1].append(part)
             open_rows += rows
     return pieces
+
+
+def _bundles(rows: Sequence[int]) -> list[tuple[int, ...]]:
+    """Which row groups are read together: as many as make a piece; a file is not opened for each."""
+    bundles: list[list[int]] = []
+    held = PIECE_ROWS
+    for group, number in enumerate(rows):
+        if held + number > PIECE_ROWS:
+            bundles.append([])
+            held = 0
+        bundles[-1].append(group)
+        held += number
+    return [tuple(bundle) for bundle in bundles]
 
 
 def _column_groups(piece: _Piece, columns: Sequence[str]) -> list[Sequence[str]]:
@@ -207,8 +217,12 @@ def _tables(
     """
     wanted = pa.schema([schema.field(name) for name in columns])
     waiting: list[pa.Table] = []
-    at = parts[0].start
+    at = 0
     for part in parts:
+        if waiting and part.start != at + sum(map(len, waiting)):  # parts between them are left out
+            yield slice(at, at + sum(map(len, waiting))), pa.concat_tables(waiting)
+            waiting = []
+        at = at if waiting else part.start
         for batch in _batches(part, columns):
             waiting.append(_typed(batch, wanted))
             rows = sum(map(len, waiting))
@@ -216,7 +230,7 @@ def _tables(
                 yield slice(at, at + rows), pa.concat_tables(waiting)
                 at, waiting = at + rows, []
     if waiting:
-        yield slice(at, parts[-1].stop), pa.concat_tables(waiting)
+        yield slice(at, at + sum(map(len, waiting))), pa.concat_tables(waiting)
 
 
 def _batches(part: _Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -257,7 +271,8 @@ def _typed(batch: pa.RecordBatch, wanted: pa.Schema) -> pa.Table:
 
 
 def _in_threads(work: Callable[[_Piece], Result], pieces: Sequence[_Piece]) -> list[Result]:
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)), len(pieces))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(MOST_THREADS, cores, len(pieces))
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, pieces))
 

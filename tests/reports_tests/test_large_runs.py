@@ -322,6 +322,21 @@ def test_the_lowest_bits_and_the_highest_tell_configs_apart(tmp_path):
             in_pieces(write_run(tmp_path / str(place), rows))
 
 
+def test_configs_that_only_seem_to_differ_are_compared_by_their_values(tmp_path, monkeypatch):
+    """Numbers that are made of knobs are a first sight; rows, fetched from wherever they are, decide."""
+    monkeypatch.setattr(
+        large_runs, "_fingerprint", lambda table, names: np.arange(len(table), dtype=np.uint64)
+    )
+    monkeypatch.setattr(large_runs, "LEADERBOARD_CONFIGS", 2)
+    fragments = [[row(HEX[c], 0), row(HEX[5 + c], c)] for c in range(5)] + [
+        [row(HEX[c], 1)] for c in range(5)
+    ]
+    check_same(write_run(tmp_path / "run", *fragments))
+    differs = row(HEX[4], 2, **{"config.optimizer": "sgd"})
+    with pytest.raises(ValueError, match=rf"config {HEX[4]} must have one value of config\.optimizer"):
+        in_pieces(write_run(tmp_path / "other", *fragments, [row(HEX[8], 9)], [differs]))
+
+
 def flip(path: Path, column: str, group: int = 0) -> None:
     """Flips a bit in the last byte of a column's pages."""
     chunk = pq.ParquetFile(path).metadata.row_group(group)
