@@ -276,7 +276,11 @@ def write_table_atomically(table: pa.Table, path: Path) -> None:
 
 def write_json_atomically(value: Any, path: Path) -> None:
     """Replaces `path` by the value as indented JSON; a reader never sees a part of it."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_text_atomically(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", path)
+
+
+def write_text_atomically(text: str, path: Path) -> None:
+    """Replaces `path` by the text as UTF-8; a reader never sees a part of it."""
     _replace_atomically(path, lambda handle: handle.write(text.encode()))
 
 

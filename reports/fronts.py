@@ -1,6 +1,13 @@
-"""Pareto fronts: who dominates whom, lower being better; of very many points only the first fronts."""
+"""The order of configs from what is known of each: constraints first, then kinds, Pareto fronts and ties.
+
+Arrays in, arrays out; where their numbers come from is decided in `ranking` and `scenarios`. Of very many
+points only the first fronts are found.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import moocore
 import numpy as np
@@ -10,10 +17,55 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+KINDS = 5
 # Points looked at together at first, by and by more; and how many points of the last wanted front each is
 # held against before it is ranked.
 FIRST_CHUNK = 4096
 GUARDS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What orders configs; every array has one entry per config, lower being better.
+
+    feasible      whether the constraints are met; those that do not meet them come last, and have no front
+    number_wrong  trials that went wrong, within the budget where feasible
+    kind          0 to 4: the fronts of one kind come before those of the next
+    objectives    one array per objective, without NaN, as they are compared in the fronts
+    ties          one array per tie-break, the one that decides first in a front first
+    """
+
+    feasible: Bools
+    number_wrong: Ints
+    kind: Ints
+    objectives: Sequence[Floats]
+    ties: Sequence[Floats]
+
+
+def order_configs(standing: Standing, most: int | None = None) -> tuple[Ints, Ints]:
+    """The front of each config (from 1; 0 for one that is not feasible), and the configs in their order.
+
+    Configs that nothing tells apart stand in the order in which they are given. With `most`, the order ends
+    after that many, and the front may be 0 for configs that are not among them.
+    """
+    feasible = standing.feasible
+    front = np.zeros(len(feasible), dtype=np.int64)
+    placed = 0
+    for kind in range(KINDS):
+        those = np.flatnonzero(feasible & (standing.kind == kind))
+        wanted = len(feasible) if most is None else most - placed
+        if len(those) and wanted > 0:
+            points = np.column_stack([values[those] for values in standing.objectives])
+            found = pareto_fronts(points) if len(those) <= wanted else first_fronts(points, wanted)
+            front[those] = np.where(found >= 0, front.max() + 1 + found, 0)
+            placed += int(np.count_nonzero(found >= 0))
+    candidates = np.arange(len(feasible))
+    if most is not None and placed >= most:
+        candidates = np.flatnonzero(front)
+    keys = (*reversed(standing.ties), standing.number_wrong, front, ~feasible)
+    # The last key of lexsort decides first, and it is stable.
+    order = candidates[np.lexsort([key[candidates] for key in keys])]
+    return front, order[:most]
 
 
 def pareto_fronts(points: Floats) -> Ints:

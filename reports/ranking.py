@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 from reports.aggregate import Bools, Floats, Ints, Outcomes, Trials, group_trials, spread_columns
 from reports.evidence import RANK_COLUMNS, Blocks, resample_ranks
 from reports.fragments import write_table_atomically
-from reports.fronts import first_fronts, pareto_fronts
+from reports.fronts import Standing, order_configs
 from reports.metrics import ROBUSTNESS, SHORTFALL, Metric, parse_metric
 from reports.robustness_scores import INTERVAL
 from reports.schema import TRIAL_STATUSES, nearest_name
@@ -272,29 +272,19 @@ def decide(judged: Judged, options: RankingOptions, most: int | None = None) -> 
     With `most`, `order` ends after that many, and `front` may be 0 for configs that are not among them.
     """
     feasible = (judged.number_wrong <= options.failed_budget) & (judged.nan_count <= options.nan_budget)
-    objectives = [_as_compared(judged.charged[metric.name], metric, options) for metric in options.objectives]
+    compared = [_as_compared(judged.charged[metric.name], metric, options) for metric in options.objectives]
     unscored = np.zeros(len(feasible), dtype=bool)
     if any(metric.name == ROBUSTNESS for metric in options.objectives):
         unscored = np.isinf(judged.charged[ROBUSTNESS])
-    kind = np.where(judged.number_wrong > 0, 4, 2 * (judged.beats == 0) + unscored)
-    front = np.zeros(len(feasible), dtype=np.int64)
-    placed = 0
-    for which in range(5):
-        those = np.flatnonzero(feasible & (kind == which))
-        wanted = len(feasible) if most is None else most - placed
-        if len(those) and wanted > 0:
-            points = np.column_stack([values[those] for values in objectives])
-            found = pareto_fronts(points) if len(those) <= wanted else first_fronts(points, wanted)
-            front[those] = np.where(found >= 0, front.max() + 1 + found, 0)
-            placed += int(np.count_nonzero(found >= 0))
-    candidates = np.arange(len(feasible))
-    if most is not None and placed >= most:
-        candidates = np.flatnonzero(front)
-    ties = [judged.charged[metric.name] for metric in options.ties]
-    keys = (*reversed(ties), judged.number_wrong, front, ~feasible)
-    # The last key of lexsort decides first; it is stable, and configs stand by config_id.
-    order = candidates[np.lexsort([key[candidates] for key in keys])]
-    return Decision(feasible=feasible, front=front, order=order[:most])
+    standing = Standing(
+        feasible=feasible,
+        number_wrong=judged.number_wrong,
+        kind=np.where(judged.number_wrong > 0, 4, 2 * (judged.beats == 0) + unscored).astype(np.int64),
+        objectives=compared,
+        ties=[judged.charged[metric.name] for metric in options.ties],
+    )
+    front, order = order_configs(standing, most)
+    return Decision(feasible=feasible, front=front, order=order)
 
 
 def make_leaderboard(

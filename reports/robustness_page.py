@@ -6,8 +6,6 @@ chosen in `robustness_view`, drawn in `drawing`; every text is escaped.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -15,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
-from markupsafe import Markup
 
 from reports.drawing import Chart, Series, draw_lines, short
 from reports.robustness_view import Rows, page_view
+from reports.templating import render_template
 
 PAGE_FILE = "report.html"
 RUN_PART = "robustness"  # the folder's name inside a run
@@ -33,7 +30,6 @@ PARTS: dict[str, str] = {
     "cells": "cells of the fault matrix",
     "shift": "domain shift",
 }
-_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_page(folder: Path) -> Path:
@@ -82,29 +78,18 @@ def read_provenance(path: Path) -> tuple[Mapping[str, Any] | None, str]:
 
 def render_page(view: Mapping[str, Any], problems: Mapping[str, str], *, title: str) -> str:
     """The page as HTML; `problems` says of each part why it is not there, empty where it is."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return render_template(
+        "robustness.html",
+        {
+            "view": view,
+            "problems": problems,
+            "parts": PARTS,
+            "title": title,
+            "fault_charts": [_fault_charts(figure) for figure in view["faults"] or ()],
+            "shift_charts": [_shift_charts(figure) for figure in view["shifts"] or ()],
+        },
+        filters={"shade": shade},
     )
-    environment.filters |= {"short": short, "shade": shade, "known": _known}
-    environment.tests["known"] = _known
-    css = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    page = environment.get_template("robustness.html").render(
-        view=view,
-        problems=problems,
-        parts=PARTS,
-        title=title,
-        css=Markup(css),  # our own file, and hashed as it is
-        style_hash=digest,
-        fault_charts=[_fault_charts(figure) for figure in view["faults"] or ()],
-        shift_charts=[_shift_charts(figure) for figure in view["shifts"] or ()],
-    )
-    # What the loops of the templates leave between elements is a tenth of the page.
-    return "\n".join(line for line in page.split("\n") if line.strip()) + "\n"
 
 
 def shade(share: float | None) -> int:
@@ -121,10 +106,6 @@ def shade(share: float | None) -> int:
 def _title(folder: Path) -> str:
     """The run that was examined, or the folder itself where it is in none."""
     return folder.parent.name if folder.name == RUN_PART else folder.name
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _fault_charts(figure: Mapping[str, Any]) -> list[Chart]:

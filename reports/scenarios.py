@@ -26,11 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reports.aggregate import Floats, Ints, Trials, group_trials
+from reports.aggregate import Bools, Floats, Ints, Trials, group_trials
 from reports.evidence import RANK_COLUMNS, RESAMPLES, Blocks, resample_ranks
-from reports.fronts import pareto_fronts
+from reports.fronts import Standing, order_configs
 from reports.metrics import ROBUSTNESS, Metric
-from reports.ranking import MOST_WEIGHED, NAN_COUNT, RankingOptions, judge_trials, rank
+from reports.ranking import MOST_WEIGHED, NAN_COUNT, RankingOptions, rank
 from reports.schema import CONFIG_PREFIX, config_columns
 
 SCENARIOS_KEY = b"scm_harness.scenarios"
@@ -181,29 +181,6 @@ def _check_same_data(name: str, rows: pa.Table) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Standing:
-    """What orders settings; every array has an entry for each of them, lower being better.
-
-    kind: 0, 1 for what is no better than no answer, 2 for trials that went wrong. objectives and ties:
-    (settings, metrics), the ties that decide first in the first column.
-    """
-
-    number_wrong: Ints
-    kind: Ints
-    objectives: Floats
-    ties: Floats
-
-    def order(self) -> tuple[Ints, Ints]:
-        """The front of each of the settings (from 1), kind by kind, and the settings best first."""
-        front = np.zeros(len(self.kind), dtype=np.int64)
-        for kind in np.unique(self.kind):
-            those = self.kind == kind
-            front[those] = front.max() + 1 + pareto_fronts(self.objectives[those])
-        # The last key of lexsort decides first; it is stable, and settings stand by their id.
-        return front, np.lexsort((*self.ties.T[::-1], self.number_wrong, front))
-
-
-@dataclass(frozen=True, slots=True)
 class _Figures:
     """What orders the settings that met the constraints, block by block; blocks are those of all scenarios.
 
@@ -238,12 +215,13 @@ class _Figures:
             trials, places = one.trials, np.asarray([one.place[name] for name in settings], dtype=np.int64)
             blocks = Blocks.of_trials(trials, places)
             owner.append(np.full(blocks.number, index))
-            found = judge_trials(trials, options)
-            number_wrong += (trials.count(found["wrong"] != 0) + trials.missing())[places]
-            for name in metrics:
-                parts[name].append(blocks.spread(found[name], missing=np.inf))
-            unknown = np.full(len(trials.rows), np.nan)
-            gained.append(blocks.spread(found.get("gained", unknown), missing=np.nan))
+            wrong = _went_wrong(trials, options)
+            number_wrong += (trials.count(wrong) + trials.missing())[places]
+            for name, metric in metrics.items():
+                found = trials.floats(name) if metric.direction == "lower" else -trials.floats(name)
+                found = np.where(wrong | ~np.isfinite(found), np.inf, found)
+                parts[name].append(blocks.spread(found, missing=np.inf))
+            gained.append(blocks.spread(_gained(trials), missing=np.nan))
         owners = np.concatenate(owner)
         values = {name: np.concatenate(part, axis=1) for name, part in parts.items()}
         compared = {name: _compare_of(metric, values[name]) for name, metric in metrics.items()}
@@ -280,7 +258,7 @@ class _Figures:
             return mean
         return np.asarray(np.log(np.maximum(mean, self.floor[name][scenario])))
 
-    def stand(self, drawn: Ints) -> _Standing:
+    def stand(self, drawn: Ints) -> Standing:
         """What orders the settings when the blocks are drawn so many times.
 
         A scenario weighs as much as the share of its blocks that was drawn; one without any is left out.
@@ -297,13 +275,14 @@ class _Figures:
             regrets[name] = _behind_best(within).max(axis=1)
         signs = [Blocks.sign(self.gained, np.where(self.owner == index, drawn, 0)) for index in there]
         worthless = np.any([sign == 0 for sign in signs], axis=0)
-        return _Standing(
+        return Standing(
+            feasible=np.ones(len(self.settings), dtype=bool),
             number_wrong=self.number_wrong,
-            kind=np.where(self.number_wrong > 0, 2, worthless).astype(np.int64),
-            objectives=np.column_stack(
-                [self._as_compared(metric.name, means[metric.name]) for metric in self.options.objectives]
-            ),
-            ties=np.column_stack([regrets[metric.name] for metric in self.options.ties]),
+            kind=np.where(self.number_wrong > 0, 4, 2 * worthless).astype(np.int64),
+            objectives=[
+                self._as_compared(metric.name, means[metric.name]) for metric in self.options.objectives
+            ],
+            ties=[regrets[metric.name] for metric in self.options.ties],
         )
 
     def _as_compared(self, name: str, mean: Floats) -> Floats:
@@ -312,6 +291,23 @@ class _Figures:
         if name != "step_time_ms" or tolerance == 0.0:
             return mean
         return np.asarray(np.floor(mean / np.log1p(tolerance)))
+
+
+def _went_wrong(trials: Trials, options: RankingOptions) -> Bools:
+    """Which trials count as gone wrong, as `reports.ranking` says it."""
+    wrong = trials.status_is("failed") | trials.status_is("diverged") | trials.is_null("nan_count")
+    for metric in options.objectives:
+        wrong = wrong | ~np.isfinite(trials.floats(metric.name))
+    return wrong
+
+
+def _gained(trials: Trials) -> Floats:
+    """By how much each trial is better than no answer at all, NaN where it does not know."""
+    if not {"charged_error", "trivial_error"} <= set(trials.rows.column_names):
+        return np.full(len(trials.rows), np.nan)
+    charged, trivial = trials.floats("charged_error"), trials.floats("trivial_error")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.where(~np.isnan(charged) & np.isfinite(trivial), trivial - charged, np.nan)
 
 
 def _compare_of(metric: Metric, values: Floats) -> str:
@@ -356,8 +352,8 @@ def _leaderboard(
     standing = figures.stand(ones)
     ranks = _ranks_within(figures, held)
     # What all regrets leave open, the mean rank decides, and then the id.
-    standing = replace(standing, ties=np.column_stack([standing.ties, ranks.mean(axis=1)]))
-    front, order = standing.order()
+    standing = replace(standing, ties=[*standing.ties, ranks.mean(axis=1)])
+    front, order = order_configs(standing)
 
     good = [figures.settings[index] for index in order]
     bad = sorted(set(every) - set(good), key=lambda name: (_number_bad(held, name), name))
@@ -377,11 +373,13 @@ def _leaderboard(
     }
     weighed = min(number, MOST_WEIGHED)
     first = figures.first(weighed, order)
-
-    def arrange(drawn: Ints) -> tuple[Ints, Ints]:
-        return first.stand(drawn).order()
-
-    sure = resample_ranks(arrange, configs=weighed, blocks=blocks, resamples=drawing[0], seed=drawing[1])
+    sure = resample_ranks(
+        lambda drawn: order_configs(first.stand(drawn)),
+        configs=weighed,
+        blocks=blocks,
+        resamples=drawing[0],
+        seed=drawing[1],
+    )
     for name in RANK_COLUMNS:
         found = sure.column(name).to_pylist()
         columns[name] = pa.array([*found, *[None] * (len(listed) - weighed)], sure.schema.field(name).type)
@@ -431,7 +429,7 @@ def _ranks_within(figures: _Figures, held: Sequence[_Judged]) -> Ints:
     """The rank of each of the settings in each scenario, (settings, scenarios), by the same rules."""
     ranks = np.empty((len(figures.settings), len(held)), dtype=np.int64)
     for index in range(len(held)):
-        _, order = figures.stand((figures.owner == index).astype(np.int64)).order()
+        _, order = order_configs(figures.stand((figures.owner == index).astype(np.int64)))
         ranks[order, index] = np.arange(1, len(order) + 1)
     return ranks
 
