@@ -70,8 +70,13 @@ class Rules:
 
     @property
     def look_level(self) -> float:
-        """The level of the interval that decides at each look."""
+        """The level of what a look may err in."""
         return 1.0 - (1.0 - self.level) / len(self.looks)
+
+    @property
+    def test_level(self) -> float:
+        """The level of each of the two intervals that decide at a look."""
+        return 1.0 - (1.0 - self.look_level) / 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +150,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """Whether the candidate takes the current default's place. chance: of being better in a block.
+    """Whether the candidate takes the current default's place.
+
+    chance: of being better in a block. apart: the mean of candidate - current over blocks, in scores.
 
     open: nothing speaks against the candidate but that there are too few blocks, so that more may decide.
     """
@@ -315,9 +322,11 @@ def confirm(
 ) -> Confirmation:
     """Decide on scores (blocks,) of both arms from seeds that chose nothing; the blocks of all looks so far.
 
-    The candidate takes over when its chance to be better in a block has a lower bound above one half, at the
-    level of a look, and it fails in no guarded figure in any scenario. One that broke a constraint never
-    does; where the current default broke one and the candidate did not, it does.
+    The candidate takes over when it is shown to be better, and fails in no guarded figure in any scenario.
+    Shown is either that its chance to be better in a block is above one half, or that its mean score is
+    lower: a default that is as good in most blocks and far worse in some loses by the second alone. Each has
+    half of the error of a look. A candidate that broke a constraint never takes over; where the current default broke
+    one and the candidate did not, it does.
     """
     if candidate_trouble:
         why = f"the candidate broke a constraint: {candidate_trouble}"
@@ -325,19 +334,21 @@ def confirm(
     if current_trouble:
         why = f"the current default broke a constraint, and the candidate none: {current_trouble}"
         return Confirmation(True, False, why, None, None)
-    chance = improvement_chance(
-        current, candidate, resamples=rules.resamples, seed=rules.seed, level=rules.look_level
-    )
-    apart = _paired(current, candidate, rules)
+    level = rules.test_level
+    chance = improvement_chance(current, candidate, resamples=rules.resamples, seed=rules.seed, level=level)
+    apart = paired_difference(current, candidate, resamples=rules.resamples, seed=rules.seed, level=level)
     judged = tuple(result for pairs in guards for result in judge(pairs, rules))
     failed = failures(judged)
-    shown = chance.low > 0.5
-    bound = f"a chance of {chance.mean:.2f} (lower bound {chance.low:.2f}) over {chance.n} blocks"
-    if shown and not failed:
-        why = f"better than the current default with {bound}, and worse in no guarded figure of any scenario"
+    wins, lower = chance.low > 0.5, apart.high < 0.0
+    told = f"a chance of {chance.mean:.2f} (lower bound {chance.low:.2f}) over {chance.n} blocks"
+    if not wins and lower:
+        told = f"a mean score of {apart.mean:.3g} (upper bound {apart.high:.3g}) over {apart.n} blocks"
+    if (wins or lower) and not failed:
+        why = f"better than the current default with {told}, and worse in no guarded figure of any scenario"
         return Confirmation(True, False, why, chance, apart, judged)
-    reasons = failed if shown else [f"better than the current default with {bound}: not above 0.5", *failed]
-    is_open = not failed and chance.high > 0.5
+    unshown = f"better than the current default with {told}: not above 0.5, nor is the mean score lower"
+    reasons = failed if wins or lower else [unshown, *failed]
+    is_open = not failed and (chance.high > 0.5 or apart.low < 0.0)
     return Confirmation(False, is_open, "; ".join(reasons), chance, apart, judged)
 
 

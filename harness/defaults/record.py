@@ -146,9 +146,10 @@ def rule(found: Found) -> list[str]:
         f"config did where it was chosen, on {100 * threshold.HELD_BACK:g} % of the training rows, held back "
         f"from {session.CALIBRATION_SEEDS} trainings; it is at most tau_train_min.",
         "Changed only when, on seeds that chose nothing, the chance to be better in a (scenario, seed) "
-        f"block has a lower {percent} bound above 0.5 (up to "
-        f"{len(rules.looks)} looks at {', '.join(str(look) for look in rules.looks)} times the seeds share "
-        f"its error), and no scenario fails: {guards}. A figure fails where its mean harm "
+        f"block has a lower {percent} bound above 0.5, or the mean score an upper one below that of the "
+        f"current default (both, and up to {len(rules.looks)} looks at "
+        f"{', '.join(str(look) for look in rules.looks)} times the seeds, share the error), "
+        f"and no scenario fails: {guards}. A figure fails where its mean harm "
         f"(of step times the median) is beyond the margin and the {percent} interval of the harm above 0.",
         f"Reported are test figures of further seeds, which decided nothing: the median with its {percent} "
         "interval (of the sign test, which holds for figures of any distribution), and the mean.",
@@ -210,14 +211,17 @@ def would_change(found: Found) -> list[str]:
     confirmation, rules = found.confirmation, found.request.rules
     per_seed = len(found.scenarios)
     if confirmation is not None and confirmation.chance is not None:
-        chance = confirmation.chance
-        if confirmation.change:
-            lost = losses_to_flip(chance, rules.look_level)
+        chance, apart = confirmation.chance, confirmation.apart
+        by_mean = apart is not None and apart.high < 0.0
+        if confirmation.change and by_mean:
+            told.append("a mean score over blocks that is not surely lower than the current default's")
+        elif confirmation.change:
+            lost = losses_to_flip(chance, rules.test_level)
             told.append(
                 f"had {lost} more of the {chance.n} blocks gone to the current default, it would have stayed"
             )
-        elif not chance.low > 0.5:
-            needed = seeds_for_chance(chance.mean, per_seed, level=rules.look_level)
+        elif not chance.low > 0.5 and not by_mean:
+            needed = seeds_for_chance(chance.mean, per_seed, level=rules.test_level)
             told.append(
                 f"at a chance of {chance.mean:.2f}, about {needed} seeds would show it "
                 f"(--seeds {math.ceil(needed / rules.looks[-1])} looks at as many)"

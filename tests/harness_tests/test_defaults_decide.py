@@ -377,3 +377,28 @@ def test_a_guard_without_room_for_its_margin_is_refused() -> None:
         Guard(name="step_time_ms", compare=LOG_RATIO, margin=0.9)
     with pytest.raises(ValueError, match="must be >= 0"):
         Guard(name="coverage", compare=DIFFERENCE, margin=-0.1)
+
+
+def test_a_default_that_is_far_worse_on_some_seeds_gives_way_though_it_wins_many():
+    """The chance to be better alone would not show it: wins are counted, not how large they are."""
+    current = np.tile([0.0, 0.0, 1.5, 1.4, 0.0], 8)
+    candidate = np.tile([0.02, 0.02, 0.0, 0.01, -0.01], 8)
+    found = confirm(current, candidate, rules=Rules())
+    assert found.chance is not None
+    assert found.chance.low < 0.5
+    assert found.change
+    assert "a mean score of" in found.why
+
+
+def test_both_ways_to_be_better_share_the_error():
+    """Of candidates that are no different, at most one in twenty takes over at some look."""
+    source, rules = np.random.default_rng(0), Rules()
+    taken = 0
+    for _ in range(300):
+        blocks = source.normal(0.0, 1.0, (2, 20 * rules.looks[-1]))
+        for look in rules.looks:
+            found = confirm(blocks[0, : 20 * look], blocks[1, : 20 * look], rules=rules)
+            if not found.open:
+                break
+        taken += found.change
+    assert taken <= 300 * 0.05 + 3 * np.sqrt(300 * 0.05 * 0.95)
