@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := scm search_spaces trainables reports harness
 
-.PHONY: help setup demo robustness-demo test test-slow lint bench-quick mutation clean
+.PHONY: help setup demo robustness-demo gate test test-slow lint bench-quick mutation clean
 
 help:
 	@echo "make demo       sweep the two example data sets, print the ranked configs, write a page of each run"
 	@echo "make robustness-demo  try the three best of those configs on singular inputs, faults and shifted data"
+	@echo "make gate       compare this code's trainings with a baseline's: the commit before it, or a stored one"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests marked slow (clusters, long trainings)"
 	@echo "make lint       formatting, lint and types"
@@ -36,6 +37,12 @@ robustness-demo: setup
 	$(BIN)/scm-harness robustness runs/demo/gbsg2 --top 3 --profile smoke
 	@echo "page: runs/demo/gbsg2/robustness/report.html"
 
+# In a folder of its own: what an earlier gate left is not looked at.
+gate: setup
+	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(BIN)/scm-harness gate run --suite examples/gate/suite.yaml --against HEAD~1 --any-baseline \
+	  --on-inconclusive warn --out "$$out/gate"
+
 test: setup
 	$(BIN)/python -m pytest -q
 
@@ -54,6 +61,8 @@ bench-quick: setup
 	$(BIN)/python benchmarks/coverage_control.py --quick
 	$(BIN)/python benchmarks/sweep_throughput.py --quick
 	$(BIN)/python benchmarks/peer_counterexamples.py --quick
+	$(BIN)/python benchmarks/ranking_scale.py --quick
+	$(BIN)/python benchmarks/defaults_regret.py --quick
 
 mutation: setup
 	$(BIN)/python benchmarks/mutation.py --quick

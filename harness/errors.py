@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 EXIT_OK = 0
 EXIT_FINDINGS = 1  # an audit found knobs that do nothing, an examination broken laws
 EXIT_BAD_INPUT = 2  # usage, plan, space, data, checkpoint
+EXIT_THIN_EVIDENCE = 3  # too few configs, seeds or data to decide by
 EXIT_RUN_FOLDER = 4  # missing, not empty, unwritable, or not a run
 EXIT_NOTHING_COMPLETED = 5  # the run finished and no config has a completed trial
 EXIT_ENVIRONMENT = 6  # a GPU, an address or memory that is not there

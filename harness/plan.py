@@ -12,7 +12,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +28,7 @@ from pydantic import (
 from harness.errors import UserError, nearest, one_line
 from harness.search import SEARCHERS, check_grid
 from harness.yaml_text import Document, KeyPath, read_yaml, write_yaml
+from reports.changes import find_changes
 from reports.metrics import ROBUSTNESS, SHORTFALL, parse_metric
 from search_spaces.errors import SpaceError
 from search_spaces.named import SPACES, parse_space
@@ -153,6 +155,18 @@ class Judging(Section):
     ranking: RankingSection = RankingSection()
 
 
+class Trained(Section):
+    """The parts of a plan that say what is trained, and from which config."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task: TaskSection
+    config: dict[str, Any] = {}
+
+
+Part = TypeVar("Part", Judging, Trained)
+
+
 class Plan(Section):
     """One sweep, wholly: the same plan gives the same rows on any machine with the same library versions."""
 
@@ -224,14 +238,23 @@ def load_plan(path: Path) -> Plan:
     return plan
 
 
+def load_trained(path: Path) -> Trained:
+    """What a run's plan says about its task and its config; otherwise as `load_judging`."""
+    return _load_part(path, Trained)
+
+
 def load_judging(path: Path) -> Judging:
     """What a run's plan says about its ranking; `UserError` as for `load_plan`.
 
     The rest of the plan is not looked at: a run stays rankable when a later version knows other knobs.
     """
+    return _load_part(path, Judging)
+
+
+def _load_part(path: Path, part: type[Part]) -> Part:
     document = read_yaml(path)
     try:
-        return Judging.model_validate(document.values)
+        return part.model_validate(document.values)
     except ValidationError as error:
         raise_lines([problem_line(document, problem) for problem in error.errors(include_url=False)])
 
@@ -399,13 +422,18 @@ def raise_lines(lines: Sequence[str]) -> NoReturn:
     raise UserError(lines[0], more=lines[1:])
 
 
-def problem_line(document: Document, problem: Mapping[str, Any]) -> str:
-    """One line for one pydantic error: the place, the key as it is written, what is wrong, what would do."""
-    at = path_in_document(document, tuple(problem["loc"]))
-    dotted = ".".join(map(str, at)) or "plan"
+def problem_line(
+    document: Document, problem: Mapping[str, Any], model: type[BaseModel] | None = None, what: str = "plan"
+) -> str:
+    """One line for one pydantic error: the place, the key as it is written, what is wrong, what would do.
+
+    `model` is what the document is to be, by default a plan, and `what` it is called.
+    """
+    at = path_in_document(document, tuple(problem["loc"]), model)
+    dotted = ".".join(map(str, at)) or what
     kind = problem["type"]
     if kind == "extra_forbidden":
-        known = known_keys(at[:-1])
+        known = known_keys(at[:-1], model)
         hint = nearest(str(at[-1]), known)
         return f"{document.place(at, key=True)}: unknown key {dotted!r}{hint} (known: {', '.join(known)})"
     if kind == "missing":
@@ -417,7 +445,7 @@ def problem_line(document: Document, problem: Mapping[str, Any]) -> str:
     return f"{document.place(at)}: {text}{shown}"
 
 
-def path_in_document(document: Document, loc: KeyPath) -> KeyPath:
+def path_in_document(document: Document, loc: KeyPath, model: type[BaseModel] | None = None) -> KeyPath:
     """The part of a pydantic location that names keys: the branches of a union are no keys of the file."""
     at: KeyPath = ()
     node = document.values
@@ -428,23 +456,22 @@ def path_in_document(document: Document, loc: KeyPath) -> KeyPath:
         )
         if inside:
             at, node = (*at, part), node[part]
-        elif last and isinstance(node, dict) and isinstance(part, str) and part in known_keys(at):
+        elif last and isinstance(node, dict) and isinstance(part, str) and part in known_keys(at, model):
             at = (*at, part)
     return at
 
 
-def known_keys(at: KeyPath) -> list[str]:
-    """The keys that a plan may have at a path."""
-    model: Any = Plan
+def known_keys(at: KeyPath, model: type[BaseModel] | None = None) -> list[str]:
+    """The keys that a document of a model, by default a plan, may have at a path."""
+    kind: Any = Plan if model is None else model
     for part in at:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next(
-            (kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)), None
-        )
-        if model is None:
-            return []
-    return list(model.model_fields)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        else:  # a list or a mapping of parts: what it holds stands last
+            kind = getattr(kind, "__args__", (None,))[-1]
+        options = getattr(kind, "__args__", ()) if get_origin(kind) in (Union, UnionType) else (kind,)
+        kind = next((option for option in options if option is not NoneType), None)
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
@@ -476,19 +503,4 @@ def plan_digest(plan: Plan) -> str:
 
 def plan_differences(plan: Plan, other: Plan) -> list[str]:
     """The dotted names of the fields in which two plans differ, as far as the rows depend on them."""
-    return sorted(differing(digest_values(plan), digest_values(other), ""))
-
-
-def differing(one: Any, other: Any, prefix: str) -> set[str]:
-    """The dotted paths below `prefix` at which two plain values differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {
-            name
-            for key in one.keys() | other.keys()
-            for name in (
-                differing(one[key], other[key], f"{prefix}{key}.")
-                if key in one and key in other
-                else {f"{prefix}{key}"}
-            )
-        }
-    return set() if one == other and type(one) is type(other) else {prefix.removesuffix(".")}
+    return [change.key for change in find_changes(digest_values(plan), digest_values(other))]

@@ -42,22 +42,11 @@ def aggregate_configs(
 
 
 @dataclass(frozen=True, slots=True)
-class Trials:
-    """The rows of a run ordered by config_id, seed and trial_id; arrays here are per trial in that order.
-
-    starts, counts  (configs,) first trial and number of trials of each config, ordered by config_id
-    """
+class Outcomes:
+    """Some rows of a run, as arrays in the order of the rows."""
 
     rows: pa.Table
-    starts: Ints
-    counts: Ints
     target_coverage: float | None
-    seeds: tuple[int, ...]
-
-    @property
-    def configs(self) -> int:
-        """How many configs there are."""
-        return len(self.starts)
 
     def status_is(self, status: str) -> Bools:
         """Which trials ended that way."""
@@ -78,6 +67,27 @@ class Trials:
         column = pc.fill_null(pc.cast(self.rows.column(name), pa.float64()), float("nan"))
         return np.asarray(column.to_numpy(), dtype=np.float64)
 
+    def nan_counts(self) -> Ints:
+        """nan_count per trial, 0 where the row does not say."""
+        return np.asarray(pc.fill_null(self.rows.column("nan_count"), 0).to_numpy(), dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Trials(Outcomes):
+    """The rows of a run ordered by config_id, seed and trial_id; arrays here are per trial in that order.
+
+    starts, counts  (configs,) first trial and number of trials of each config, ordered by config_id
+    """
+
+    starts: Ints
+    counts: Ints
+    seeds: tuple[int, ...]
+
+    @property
+    def configs(self) -> int:
+        """How many configs there are."""
+        return len(self.starts)
+
     def total(self, values: Floats) -> Floats:
         """Sums per config of values per trial."""
         return np.add.reduceat(values, self.starts)
@@ -86,18 +96,9 @@ class Trials:
         """Sums per config of counts, or of yes and no, per trial."""
         return np.add.reduceat(values.astype(np.int64), self.starts)
 
-    def nan_counts(self) -> Ints:
-        """nan_count per trial, 0 where the row does not say."""
-        return np.asarray(pc.fill_null(self.rows.column("nan_count"), 0).to_numpy(), dtype=np.int64)
-
     def missing(self) -> Ints:
         """Per config, how many of the seeds that it should have are without a trial."""
-        seed = self.rows.column("seed").to_numpy()
-        first = np.ones(len(seed), dtype=bool)
-        first[1:] = seed[1:] != seed[:-1]
-        first[self.starts] = True
-        present = self.count(first & np.isin(seed, self.seeds))
-        return np.asarray(len(self.seeds) - present, dtype=np.int64)
+        return count_missing(self.rows.column("seed").to_numpy(), self.starts, self.seeds)
 
     def missing_seeds(self, config: int) -> list[int]:
         """Which seeds the config is without."""
@@ -123,12 +124,7 @@ class Trials:
 
     def spread_columns(self) -> list[str]:
         """The columns that are aggregated: coverage_shortfall, then every measured number of the rows."""
-        names = [SHORTFALL]
-        for field in self.rows.schema:
-            measured = pa.types.is_floating(field.type) or field.name in SPREAD_INTEGERS
-            if measured and not field.name.startswith(CONFIG_PREFIX) and field.name != SHORTFALL:
-                names.append(field.name)
-        return names
+        return spread_columns(self.rows.schema)
 
     def _spread(self, name: str) -> dict[str, pa.Array]:
         values = self.floats(name)
@@ -172,11 +168,28 @@ def group_trials(
     )
 
 
+def spread_columns(schema: pa.Schema) -> list[str]:
+    """The columns that are aggregated: coverage_shortfall, then every measured number of rows like these."""
+    names = [SHORTFALL]
+    for field in schema:
+        measured = pa.types.is_floating(field.type) or field.name in SPREAD_INTEGERS
+        if measured and not field.name.startswith(CONFIG_PREFIX) and field.name != SHORTFALL:
+            names.append(field.name)
+    return names
+
+
+def count_missing(seed: Ints, starts: Ints, seeds: Sequence[int]) -> Ints:
+    """How many of `seeds` each config lacks; `seed` is that of each trial, sorted config by config."""
+    first = np.ones(len(seed), dtype=bool)
+    first[1:] = seed[1:] != seed[:-1]
+    first[starts] = True
+    present = np.add.reduceat((first & np.isin(seed, seeds)).astype(np.int64), starts)
+    return np.asarray(len(seeds) - present, dtype=np.int64)
+
+
 def check_rows(rows: pa.Table) -> None:
     """ValueError unless there are rows of one task, with known statuses and the columns needed here."""
-    lacking = [name for name in NEEDED_COLUMNS if name not in rows.column_names]
-    if lacking:
-        raise ValueError(f"rows must have the columns {', '.join(lacking)}, and lack them")
+    check_columns(rows.schema)
     if len(rows) == 0:
         raise ValueError("there must be at least one row, got none")
     statuses = pc.unique(rows.column("status")).to_pylist()
@@ -185,11 +198,20 @@ def check_rows(rows: pa.Table) -> None:
         near = nearest_name(str(unknown[0]), TRIAL_STATUSES)
         raise ValueError(f"status must be one of {', '.join(TRIAL_STATUSES)}, got {unknown[0]!r}{near}")
     if "task" in rows.column_names:
-        tasks = pc.unique(rows.column("task")).to_pylist()
-        if len(tasks) > 1:
-            raise ValueError(
-                f"configs of different tasks cannot be compared, got {', '.join(map(str, tasks))}"
-            )
+        check_one_task(pc.unique(rows.column("task")).to_pylist())
+
+
+def check_columns(schema: pa.Schema) -> None:
+    """ValueError unless the columns that are needed here are all there."""
+    lacking = [name for name in NEEDED_COLUMNS if name not in schema.names]
+    if lacking:
+        raise ValueError(f"rows must have the columns {', '.join(lacking)}, and lack them")
+
+
+def check_one_task(tasks: Sequence[str | None]) -> None:
+    """ValueError where these, the distinct tasks of some rows, are several."""
+    if len(tasks) > 1:
+        raise ValueError(f"configs of different tasks cannot be compared, got {', '.join(map(str, tasks))}")
 
 
 def _check_one_config_each(rows: pa.Table, starts: Ints, counts: Ints) -> None:

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reports.aggregate import Floats, Ints, Trials
-from reports.order import Standing, order_configs
 
 LEVEL = 0.9
 RESAMPLES = 1000
@@ -162,7 +161,7 @@ class Blocks:
 
 
 def resample_ranks(
-    stand: Callable[[Ints], Standing],
+    arrange: Callable[[Ints], tuple[Ints, Ints]],
     *,
     configs: int,
     blocks: int,
@@ -170,11 +169,11 @@ def resample_ranks(
     seed: int = 0,
     level: float = LEVEL,
 ) -> pa.Table:
-    """How sure the ranks of configs are; `stand` says what orders them when blocks are drawn so many times.
+    """How sure the ranks of configs are; `arrange` orders them when blocks are drawn so many times.
 
-    Columns, a row per config in the order of `stand`'s: rank_low and rank_high (int64), between which its
-    rank lies in `level` of the draws; p_best, the share of draws in which it is first; p_front, in which it
-    is in the first front. All null below two blocks.
+    It returns the front of each config (from 1) and the configs best first. Columns, a row per config:
+    rank_low and rank_high (int64), between which its rank lies in `level` of the draws; p_best, the share of
+    draws in which it is first; p_front, in which it is in the first front. All null below two blocks.
     """
     _check_level(level)
     if blocks < 2 or configs == 0:
@@ -182,7 +181,7 @@ def resample_ranks(
         return pa.table(dict(zip(RANK_COLUMNS, empty, strict=True)))
     ranks, fronts, chances = [], [], []
     for drawn, chance in draws(blocks, resamples, seed):
-        front, order = order_configs(stand(drawn))
+        front, order = arrange(drawn)
         rank = np.empty(configs, dtype=np.int64)
         rank[order] = np.arange(1, configs + 1)
         ranks.append(rank)

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,10 +36,26 @@ _USUAL: tuple[tuple[Callable[[pa.DataType], bool], type], ...] = (
     (pa.types.is_boolean, bool),
     (pa.types.is_string, str),
 )
+# What pyarrow raises for a file that is not whole Parquet; the last of a damaged column name.
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 class RunReadError(ValueError):
     """A run folder, or a file in it, that cannot be read as what it should be; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """A fragment by what stands at its end: its columns, and the number of rows of each of its row groups."""
+
+    path: Path
+    schema: pa.Schema
+    groups: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the fragment has."""
+        return sum(self.groups)
 
 
 class FragmentWriter:
@@ -259,7 +276,11 @@ def write_table_atomically(table: pa.Table, path: Path) -> None:
 
 def write_json_atomically(value: Any, path: Path) -> None:
     """Replaces `path` by the value as indented JSON; a reader never sees a part of it."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_text_atomically(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", path)
+
+
+def write_text_atomically(text: str, path: Path) -> None:
+    """Replaces `path` by the text as UTF-8; a reader never sees a part of it."""
     _replace_atomically(path, lambda handle: handle.write(text.encode()))
 
 
@@ -275,10 +296,62 @@ def read_fragment(path: Path, *, kind: str, columns: Iterable[str] | None = None
         source = pa.BufferReader(path.read_bytes())
         with pq.ParquetFile(source, page_checksum_verification=True) as file:
             table = file.read(columns=None if columns is None else list(columns), use_threads=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a damaged column name
-        reason = " ".join(str(error).split())
-        raise RunReadError(f"{path} cannot be read as Parquet: {reason}") from error
-    stamp = table.schema.metadata or {}
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
+    _check_stamp(path, table.schema, kind)
+    return table
+
+
+def read_footer(path: Path, *, kind: str) -> Footer:
+    """What a fragment of that kind says of itself at its end; errors as for `read_fragment`.
+
+    >>> Footer(Path("part.parquet"), pa.schema([]), (3, 4)).rows
+    7
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = tuple(file.metadata.row_group(index).num_rows for index in range(file.num_row_groups))
+            schema = file.schema_arrow
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
+    _check_stamp(path, schema, kind)
+    return Footer(path, schema, groups)
+
+
+def read_footers(folder: Path, *, kind: str) -> list[Footer]:
+    """The footer of every fragment of the folder, by name; RunReadError also where there is none."""
+    footers: list[Footer] = []
+    for path in fragment_paths(folder):
+        footer = read_footer(path, kind=kind)
+        # One schema for all fragments that are alike: twenty thousand of them would fill the memory.
+        if footers and footer.schema.equals(footers[-1].schema):
+            footer = replace(footer, schema=footers[-1].schema)
+        footers.append(footer)
+    if not footers:
+        raise RunReadError(f"{folder} holds no {kind}")
+    return footers
+
+
+def merge_schemas(footers: Iterable[Footer]) -> pa.Schema:
+    """The columns of all fragments together; RunReadError for a column whose types do not fit."""
+    merged: pa.Schema | None = None
+    last: pa.Schema | None = None
+    for footer in footers:
+        if footer.schema is not last:  # most fragments of a run are alike, and merging is dear
+            merged = _merge_fragment(merged, footer.schema, footer.path)
+            last = footer.schema
+    if merged is None:
+        raise ValueError("there must be at least one fragment, got none")
+    return merged
+
+
+def unreadable(path: Path, error: BaseException) -> RunReadError:
+    """The error of a file that is not whole Parquet; the message names it."""
+    return RunReadError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
+
+
+def _check_stamp(path: Path, schema: pa.Schema, kind: str) -> None:
+    stamp = schema.metadata or {}
     if stamp.get(KIND_KEY) != kind.encode():
         raise RunReadError(f"{path} does not hold {kind} written by scm-harness")
     version = stamp.get(VERSION_KEY, b"").decode(errors="replace")
@@ -286,7 +359,6 @@ def read_fragment(path: Path, *, kind: str, columns: Iterable[str] | None = None
         raise RunReadError(
             f"{path} has schema version {version or 'none'}, this scm-harness reads up to {SCHEMA_VERSION}"
         )
-    return table
 
 
 def read_fragments(folder: Path, *, kind: str) -> pa.Table:
@@ -299,20 +371,22 @@ def read_fragments(folder: Path, *, kind: str) -> pa.Table:
     merged: pa.Schema | None = None
     for path in fragment_paths(folder):
         table = read_fragment(path, kind=kind)
-        try:
-            schema = table.schema if merged is None else _merge_schemas(merged, table.schema)
-        except pa.ArrowException as error:
-            reason = " ".join(str(error).split())
-            raise RunReadError(f"{path} does not fit the fragments before it: {reason}") from error
-        merged = schema
+        merged = _merge_fragment(merged, table.schema, path)
         tables.append(table)
     if merged is None:
         raise RunReadError(f"{folder} holds no {kind}")
     return pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(merged.metadata)
 
 
-def _merge_schemas(first: pa.Schema, second: pa.Schema) -> pa.Schema:
-    return pa.unify_schemas([first, second], promote_options="permissive").with_metadata(first.metadata)
+def _merge_fragment(merged: pa.Schema | None, schema: pa.Schema, path: Path) -> pa.Schema:
+    if merged is None:
+        return schema
+    try:
+        both = pa.unify_schemas([merged, schema], promote_options="permissive")
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise RunReadError(f"{path} does not fit the fragments before it: {reason}") from error
+    return both.with_metadata(merged.metadata)
 
 
 def _replace_atomically(path: Path, write: Callable[[Any], Any]) -> None:

@@ -68,12 +68,12 @@ def render_markdown(view: View) -> str:
 
     Rows that would not fit are left out from the end, where the passes are, and counted.
     """
-    head = [f"### {_MARKS[view['verdict']]} {_markdown(_headline(view))}", ""]
+    head = [f"### {_MARKS[view['verdict']]} {escape_markdown(_headline(view))}", ""]
     tail: list[str] = []
     for title, said in _remarks(view):
-        tail += ["", f"**{title}**", "", *(f"- {_markdown(text)}" for text in said)]
+        tail += ["", f"**{title}**", "", *(f"- {escape_markdown(text)}" for text in said)]
     rows = [_row(_HEAD), "|" + "---|" * len(_HEAD)]
-    rows += [_row([_markdown(text) for text in _cells(cell)]) for cell in _worst_first(view)]
+    rows += [_row([escape_markdown(text) for text in _cells(cell)]) for cell in _worst_first(view)]
     room = MOST_SUMMARY_BYTES - sum(len(line.encode()) + 1 for line in (*head, *tail))
     held: list[str] = []
     for row in rows:
@@ -87,7 +87,8 @@ def render_markdown(view: View) -> str:
     return text.encode()[:MOST_SUMMARY_BYTES].decode(errors="ignore")
 
 
-def _markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """The text on one line, as Markdown that shows it and does nothing else: no markup, link or mention."""
     escaped = plain(text)
     for letter, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         escaped = escaped.replace(letter, instead)

@@ -22,23 +22,31 @@ nobody examined them neither rules them out nor lets them stand above one that w
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from reports.aggregate import Bools, Floats, Ints, Trials, group_trials
+from reports.aggregate import Bools, Floats, Ints, Outcomes, Trials, group_trials, spread_columns
 from reports.evidence import RANK_COLUMNS, Blocks, resample_ranks
 from reports.fragments import write_table_atomically
+from reports.fronts import Standing, order_configs
 from reports.metrics import ROBUSTNESS, SHORTFALL, Metric, parse_metric
-from reports.order import Standing, order_configs
 from reports.robustness_scores import INTERVAL
-from reports.schema import nearest_name
+from reports.schema import TRIAL_STATUSES, nearest_name
 
 LEADERBOARD_FILE = "leaderboard.parquet"
 RANKED_BY_KEY = b"scm_harness.ranked_by"
+WHOLE_RUN_KEY = b"scm_harness.whole_run"
 NAN_COUNT = Metric("nan_count", "lower", "values")
+# What went wrong in a trial, before what its objectives lack; one bit each.
+ENDINGS = ("failed", "diverged", "without a nan_count")
+MOST_OBJECTIVES = 60  # so that the bits fit in 64
 # Configs whose ranks are drawn anew from their seeds; those below them keep their places.
 MOST_WEIGHED = 200
 # Of a failed trial's message, what fits on a line beside the rest.
@@ -74,6 +82,8 @@ class RankingOptions:
                 raise ValueError(f"{name} must be >= 0, got {name}={value}")
         if not self.by:
             raise ValueError("by must name at least one metric, got none")
+        if len(self.by) > MOST_OBJECTIVES:
+            raise ValueError(f"by must name at most {MOST_OBJECTIVES} metrics, got {len(self.by)}")
         names = [metric.name for metric in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"by must name each metric once, got {', '.join(self.by)}")
@@ -118,41 +128,240 @@ def rank(
     """
     options = options or RankingOptions()
     trials = group_trials(rows, target_coverage=options.target_coverage, seeds=options.seeds)
-    _check_metrics(trials, options, robustness)
-    scores = _scores_of(trials, robustness)
-    wrong = _find_wrong(trials, options)
-    gone_wrong = np.logical_or.reduce([mask for _, mask in wrong])
-    number_wrong = trials.count(gone_wrong) + trials.missing()
-    nan_count = trials.count(trials.nan_counts())
-    feasible = (number_wrong <= options.failed_budget) & (nan_count <= options.nan_budget)
+    check_metrics(rows.schema, options, robustness)
+    values = judge_trials(trials, options)
+    scores = find_scores(trials, robustness)
+    judged = judge_configs(
+        values.__getitem__, trials.starts, trials.counts, trials.missing(), scores[ROBUSTNESS], options
+    )
+    return make_leaderboard(trials, judged, decide(judged, options), options, robustness)
 
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What decides the place of each config: arrays per config, ordered by config_id.
+
+    number_wrong  trials that went wrong, those that are missing among them
+    missing       seeds without a trial
+    wrong         bits of what went wrong in any of its trials, as `reasons` lists them
+    nan_count     non-finite values that its trials met together
+    charged       by metric, the mean that it is compared by, lower being better, inf where a trial went wrong
+    beats         1 where it is worth more than abstaining everywhere, 0 where it is not, NaN where unknown
+    """
+
+    number_wrong: Ints
+    missing: Ints
+    wrong: npt.NDArray[np.unsignedinteger]
+    nan_count: Ints
+    charged: dict[str, Floats]
+    beats: Floats
+
+    def take(self, configs: Ints) -> Judged:
+        """The same of some configs."""
+        return Judged(
+            number_wrong=self.number_wrong[configs],
+            missing=self.missing[configs],
+            wrong=self.wrong[configs],
+            nan_count=self.nan_count[configs],
+            charged={name: values[configs] for name, values in self.charged.items()},
+            beats=self.beats[configs],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which configs stand where: `feasible` and `front` (from 1; 0 for none) of each, `order` best first."""
+
+    feasible: Bools
+    front: Ints
+    order: Ints
+
+
+def reasons(options: RankingOptions) -> list[str]:
+    """What can go wrong in a trial, in the order of the bits of `wrong`."""
+    objectives = [metric.name for metric in options.objectives if metric.name != ROBUSTNESS]
+    return [*ENDINGS, *(f"without a finite {name}" for name in objectives)]
+
+
+def trial_value_types(schema: pa.Schema, options: RankingOptions) -> dict[str, npt.DTypeLike]:
+    """The arrays that `judge_trials` makes of rows with these columns, by name."""
+    bits = np.min_scalar_type((1 << len(reasons(options))) - 1)
+    types: dict[str, npt.DTypeLike] = {"wrong": bits, NAN_COUNT.name: np.dtype(np.int64)}
+    if {"charged_error", "trivial_error"} <= set(schema.names):
+        types["gained"] = np.dtype(np.float64)
+    for metric in (*options.objectives, *options.ties):
+        if metric.name not in (ROBUSTNESS, NAN_COUNT.name):
+            types[metric.name] = np.dtype(np.float64)
+    return types
+
+
+def judge_trials(outcomes: Outcomes, options: RankingOptions) -> dict[str, npt.NDArray[Any]]:
+    """What a config is judged by, per trial: each array depends on the trial's own row alone.
+
+    wrong         bits of what went wrong, as `reasons` lists them; 0 where nothing did
+    nan_count     0 where the row does not say
+    gained        what its charged_error is less than that of abstaining; NaN where the row does not say
+    <metric>      of every objective and tie-break, lower being better; inf where the trial went wrong
+    """
+    types = trial_value_types(outcomes.rows.schema, options)
+    failed, diverged = outcomes.status_is("failed"), outcomes.status_is("diverged")
+    ended_badly = failed | diverged
+    masks = [failed, diverged, outcomes.is_null("nan_count") & ~ended_badly]
+    measured = {name: outcomes.floats(name) for name in types if name not in ("wrong", "nan_count", "gained")}
+    finite = {name: np.isfinite(values) for name, values in measured.items()}
+    masks += [
+        ~finite[metric.name] & ~ended_badly for metric in options.objectives if metric.name != ROBUSTNESS
+    ]
+    wrong = np.zeros(len(failed), dtype=types["wrong"])
+    for bit, mask in enumerate(masks):
+        wrong |= mask.astype(wrong.dtype) << wrong.dtype.type(bit)
+    values: dict[str, npt.NDArray[Any]] = {"wrong": wrong, "nan_count": outcomes.nan_counts()}
+    if "gained" in types:
+        charged, trivial = outcomes.floats("charged_error"), outcomes.floats("trivial_error")
+        known = ~np.isnan(charged) & np.isfinite(trivial)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values["gained"] = np.where(known, trivial - charged, np.nan)
+    higher = {m.name for m in (*options.objectives, *options.ties) if m.direction == "higher"}
+    for name, numbers in measured.items():
+        signed = -numbers if name in higher else numbers
+        values[name] = np.where((wrong != 0) | ~finite[name], np.inf, signed)
+    return values
+
+
+def judge_configs(
+    values: Callable[[str], npt.NDArray[Any]],
+    starts: Ints,
+    counts: Ints,
+    missing: Ints,
+    robustness: Floats,
+    options: RankingOptions,
+) -> Judged:
+    """What a config is judged by, of what its trials are: sums and means in the order in which they stand.
+
+    `values` gives, once for each name, the array that `judge_trials` made, config by config from `starts` on;
+    it is asked for one after the other, so that they need not be held together. `robustness` is NaN for a
+    config without a score.
+    """
+    bits = values("wrong")
+    wrong = np.bitwise_or.reduceat(bits, starts)
+    number_wrong = np.add.reduceat((bits != 0).astype(np.int64), starts) + missing
+    nan_count = np.add.reduceat(values(NAN_COUNT.name), starts)
     charged: dict[str, Floats] = {NAN_COUNT.name: nan_count.astype(np.float64)}
     for metric in (*options.objectives, *options.ties):
+        if metric.name in charged:
+            continue
         if metric.name == ROBUSTNESS:
-            charged[metric.name] = np.where(np.isfinite(scores[ROBUSTNESS]), -scores[ROBUSTNESS], np.inf)
-        elif metric.name not in charged:
-            charged[metric.name] = _charged_mean(trials, metric, gone_wrong)
-    unscored = np.zeros(trials.configs, dtype=bool)
-    if any(metric.name == ROBUSTNESS for metric in options.objectives):
-        unscored = np.isinf(charged[ROBUSTNESS])
-    beats = _beats_abstaining(trials)
-    standing = _stand(charged, options, feasible, number_wrong, beats, unscored)
-    front, order = order_configs(standing)
+            charged[metric.name] = np.where(np.isfinite(robustness), -robustness, np.inf)
+            continue
+        with np.errstate(over="ignore"):  # a mean of values near the largest float is as bad as the worst
+            mean = np.add.reduceat(values(metric.name), starts) / counts
+        charged[metric.name] = np.where(missing > 0, np.inf, mean)
+    return Judged(
+        number_wrong=number_wrong,
+        missing=missing,
+        wrong=wrong,
+        nan_count=nan_count,
+        charged=charged,
+        beats=_beats_abstaining(values, starts),
+    )
 
-    why = _reasons(trials, wrong, nan_count, feasible, options)
+
+def decide(judged: Judged, options: RankingOptions, most: int | None = None) -> Decision:
+    """The place of every config; with `most`, of as many, the best, each where it always is.
+
+    With `most`, `order` ends after that many, and `front` may be 0 for configs that are not among them.
+    """
+    feasible = (judged.number_wrong <= options.failed_budget) & (judged.nan_count <= options.nan_budget)
+    compared = [_as_compared(judged.charged[metric.name], metric, options) for metric in options.objectives]
+    unscored = np.zeros(len(feasible), dtype=bool)
+    if any(metric.name == ROBUSTNESS for metric in options.objectives):
+        unscored = np.isinf(judged.charged[ROBUSTNESS])
+    standing = Standing(
+        feasible=feasible,
+        number_wrong=judged.number_wrong,
+        kind=np.where(judged.number_wrong > 0, 4, 2 * (judged.beats == 0) + unscored).astype(np.int64),
+        objectives=compared,
+        ties=[judged.charged[metric.name] for metric in options.ties],
+    )
+    front, order = order_configs(standing, most)
+    return Decision(feasible=feasible, front=front, order=order)
+
+
+def make_leaderboard(
+    trials: Trials,
+    judged: Judged,
+    decision: Decision,
+    options: RankingOptions,
+    robustness: pa.Table | None = None,
+) -> pa.Table:
+    """The leaderboard of these configs, one row each in the order decided; see `rank` for its columns.
+
+    Every column of a leaderboard is put in here, whichever way its configs were judged. Configs of all three
+    arguments are the same, ordered by config_id, and best first they are the best of their run.
+    """
+    order, feasible, front, beats = decision.order, decision.feasible, decision.front, judged.beats
+    why = _reasons(trials, judged, feasible, options)
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        "rank": pa.array(np.arange(1, trials.configs + 1)),
+        "rank": pa.array(np.arange(1, len(order) + 1)),
         "feasible": pa.array(feasible[order]),
         "front": pa.array(front[order], mask=~feasible[order]),
         "beats_abstaining": pa.array(beats[order] != 0, mask=np.isnan(beats[order])),
         "why": pa.array([why[index] for index in order], type=pa.string()),
     }
-    columns |= _confidence(trials, options, charged, gone_wrong, standing, order)
+    columns |= _confidence(trials, judged, decision, options)
     if robustness is not None:
+        scores = find_scores(trials, robustness)
         columns |= {name: pa.array(values[order]) for name, values in scores.items()}
     configs = trials.aggregate().take(pa.array(order))
     columns |= {name: configs.column(name) for name in configs.column_names}
     return pa.table(columns).replace_schema_metadata({RANKED_BY_KEY: _ranked_by(options)})
+
+
+def _confidence(
+    trials: Trials, judged: Judged, decision: Decision, options: RankingOptions
+) -> dict[str, pa.Array]:
+    """The columns that say how sure the ranks of the first configs are; null for all others."""
+    order = decision.order
+    first = order[decision.feasible[order]][:MOST_WEIGHED]
+    blocks = Blocks.of_trials(trials, first)
+    held = judged.take(first)
+    values = judge_trials(trials, options)
+    by_seed = {
+        name: blocks.spread(values[name], missing=np.inf)
+        for name in held.charged
+        if name not in (ROBUSTNESS, NAN_COUNT.name)
+    }
+    gained = blocks.spread(values.get("gained", np.full(len(trials.rows), np.nan)), missing=np.nan)
+
+    def arrange(drawn: Ints) -> tuple[Ints, Ints]:
+        charged = held.charged | {name: blocks.mean(each, drawn) for name, each in by_seed.items()}
+        found = decide(replace(held, charged=charged, beats=blocks.sign(gained, drawn)), options)
+        return found.front, found.order
+
+    sure = resample_ranks(arrange, configs=len(first), blocks=blocks.number)
+    place = np.full(trials.configs, -1)
+    place[first] = np.arange(len(first))
+    indices = pa.array(place[order], mask=place[order] < 0)
+    return {name: sure.column(name).combine_chunks().take(indices) for name in RANK_COLUMNS}
+
+
+def run_totals(leaderboard: pa.Table) -> dict[str, Any]:
+    """What a leaderboard says of its whole run: configs, feasible, n_trials, n_<status>, n_missing.
+
+    `ruled_out` is empty where the leaderboard holds every config, as its rows then say why. For that of a
+    large run (`reports.large_runs`) it lists what ruled configs out: `why`, how many `configs` it met (some
+    met several), and the id of one of them as `such_as`.
+    """
+    said = (leaderboard.schema.metadata or {}).get(WHOLE_RUN_KEY)
+    if said is not None:
+        return dict(json.loads(said))
+    summed = ("n_trials", *(f"n_{status}" for status in TRIAL_STATUSES), "n_missing")
+    return {
+        "configs": len(leaderboard),
+        "feasible": pc.sum(leaderboard.column("feasible")).as_py() or 0,
+        **{name: pc.sum(leaderboard.column(name)).as_py() or 0 for name in summed},
+        "ruled_out": [],
+    }
 
 
 def write_leaderboard(run: Path, leaderboard: pa.Table) -> Path:
@@ -162,8 +371,9 @@ def write_leaderboard(run: Path, leaderboard: pa.Table) -> Path:
     return path
 
 
-def _check_metrics(trials: Trials, options: RankingOptions, robustness: pa.Table | None) -> None:
-    known = trials.spread_columns()
+def check_metrics(schema: pa.Schema, options: RankingOptions, robustness: pa.Table | None) -> None:
+    """ValueError where rows with these columns, or the scores, lack a metric that the options name."""
+    known = spread_columns(schema)
     for metric in (*options.objectives, *options.ties):
         if metric.name == ROBUSTNESS:
             if robustness is None:
@@ -172,124 +382,41 @@ def _check_metrics(trials: Trials, options: RankingOptions, robustness: pa.Table
             raise ValueError(f"the rows hold no metric {metric.name}{nearest_name(metric.name, known)}")
 
 
-def _scores_of(trials: Trials, robustness: pa.Table | None) -> dict[str, Floats]:
+def find_scores(trials: Trials, robustness: pa.Table | None) -> dict[str, Floats]:
     """Score and interval of each config, NaN for one that has none."""
-    named = {ROBUSTNESS: ROBUSTNESS, **{name: f"{ROBUSTNESS}_{name}" for name in INTERVAL}}
-    scores = {name: np.full(trials.configs, np.nan) for name in named.values()}
+    names = (ROBUSTNESS, *(f"{ROBUSTNESS}_{name}" for name in INTERVAL))
     if robustness is None:
-        return scores
+        return {name: np.full(trials.configs, np.nan) for name in names}
     ids = trials.rows.column("config_id").take(pa.array(trials.starts)).to_pylist()
     place = {config_id: index for index, config_id in enumerate(ids)}
-    for entry in robustness.to_pylist():
-        if entry["config_id"] in place:
-            for column, name in named.items():
-                if entry[column] is not None:
-                    scores[name][place[entry["config_id"]]] = entry[column]
-    return scores
+    places = [place.get(config_id, -1) for config_id in robustness.column("config_id").to_pylist()]
+    columns = [robustness.column(name) for name in (ROBUSTNESS, *INTERVAL)]
+    return {
+        name: spread_scores(column, places, trials.configs)
+        for name, column in zip(names, columns, strict=True)
+    }
 
 
-def _find_wrong(trials: Trials, options: RankingOptions) -> list[tuple[str, Bools]]:
-    """What went wrong in which trial, each trial under its first reason."""
-    failed, diverged = trials.status_is("failed"), trials.status_is("diverged")
-    ended_badly = failed | diverged
-    found = [("failed", failed), ("diverged", diverged)]
-    found.append(("without a nan_count", trials.is_null("nan_count") & ~ended_badly))
-    for metric in options.objectives:
-        if metric.name == ROBUSTNESS:
-            continue
-        found.append(
-            (f"without a finite {metric.name}", ~np.isfinite(trials.floats(metric.name)) & ~ended_badly)
-        )
-    return found
+def spread_scores(scores: pa.ChunkedArray, places: Sequence[int], configs: int) -> Floats:
+    """The scores as an array over configs, each at its place (-1 for none), NaN elsewhere."""
+    spread = np.full(configs, np.nan)
+    for score, place in zip(scores.to_pylist(), places, strict=True):
+        if place >= 0 and score is not None:
+            spread[place] = score
+    return spread
 
 
-def _charged(trials: Trials, metric: Metric, gone_wrong: Bools) -> Floats:
-    """The metric of each trial, lower being better, infinite where it went wrong."""
-    values = trials.floats(metric.name)
-    if metric.direction == "higher":
-        values = -values
-    return np.where(gone_wrong | ~np.isfinite(values), np.inf, values)
-
-
-def _charged_mean(trials: Trials, metric: Metric, gone_wrong: Bools) -> Floats:
-    values = _charged(trials, metric, gone_wrong)
-    with np.errstate(over="ignore"):  # a mean of values near the largest float is as bad as the worst
-        mean = trials.total(values) / trials.counts
-    return np.where(trials.missing() > 0, np.inf, mean)
-
-
-def _beats_abstaining(trials: Trials) -> Floats:
-    """1 for a config that is worth more than no answer at all, 0 for one that is not, NaN where unknown.
-
-    It is judged by its trials that know both errors; an infinite charged_error is known.
-    """
-    gained = _gained(trials)
+def _beats_abstaining(values: Callable[[str], npt.NDArray[Any]], starts: Ints) -> Floats:
+    """Judged by the trials that know both errors; an infinite charged_error is known."""
+    try:
+        gained = values("gained")
+    except KeyError:  # rows of a version that measured neither
+        return np.full(len(starts), np.nan)
     known = ~np.isnan(gained)
     with np.errstate(over="ignore", invalid="ignore"):
-        total = trials.total(np.where(known, gained, 0.0))
-    return np.where(trials.count(known) > 0, (total > 0).astype(np.float64), np.nan)
-
-
-def _gained(trials: Trials) -> Floats:
-    """By how much each trial is better than no answer at all, NaN where it does not know."""
-    if not {"charged_error", "trivial_error"} <= set(trials.rows.column_names):
-        return np.full(len(trials.rows), np.nan)
-    charged, trivial = trials.floats("charged_error"), trials.floats("trivial_error")
-    known = ~np.isnan(charged) & np.isfinite(trivial)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.where(known, trivial - charged, np.nan)
-
-
-def _stand(
-    charged: dict[str, Floats],
-    options: RankingOptions,
-    feasible: Bools,
-    number_wrong: Ints,
-    beats: Floats,
-    unscored: Bools,
-) -> Standing:
-    """What orders the configs, from the means of their metrics."""
-    compared = [_as_compared(charged[metric.name], metric, options) for metric in options.objectives]
-    return Standing(
-        feasible=feasible,
-        number_wrong=number_wrong,
-        kind=np.where(number_wrong > 0, 4, 2 * (beats == 0) + unscored).astype(np.int64),
-        objectives=np.column_stack(compared),
-        ties=np.column_stack([charged[metric.name] for metric in options.ties]),
-    )
-
-
-def _confidence(
-    trials: Trials,
-    options: RankingOptions,
-    charged: dict[str, Floats],
-    gone_wrong: Bools,
-    standing: Standing,
-    order: Ints,
-) -> dict[str, pa.Array]:
-    """The columns that say how sure the ranks of the first configs are; null for all others."""
-    first = order[: min(MOST_WEIGHED, int(standing.feasible.sum()))]
-    blocks = Blocks.of_trials(trials, first)
-    by_seed: dict[str, Floats] = {}
-    for metric in {*options.objectives, *options.ties}:
-        if metric.name in (ROBUSTNESS, NAN_COUNT.name):
-            by_seed[metric.name] = np.broadcast_to(charged[metric.name][first, None], blocks.shape)
-        else:
-            by_seed[metric.name] = blocks.spread(_charged(trials, metric, gone_wrong), missing=np.inf)
-    gained = blocks.spread(_gained(trials), missing=np.nan)
-
-    def stand(drawn: Ints) -> Standing:
-        held = {name: blocks.mean(values, drawn) for name, values in by_seed.items()}
-        unscored = standing.kind[first] % 2 == 1
-        beats = blocks.sign(gained, drawn)
-        wrong = standing.number_wrong[first]
-        return _stand(held, options, np.ones(len(first), dtype=bool), wrong, beats, unscored)
-
-    found = resample_ranks(stand, configs=len(first), blocks=blocks.number)
-    place = np.full(trials.configs, -1)
-    place[first] = np.arange(len(first))
-    indices = pa.array(place[order], mask=place[order] < 0)
-    return {name: found.column(name).combine_chunks().take(indices) for name in RANK_COLUMNS}
+        total = np.add.reduceat(np.where(known, gained, 0.0), starts)
+    number = np.add.reduceat(known.astype(np.int64), starts)
+    return np.where(number > 0, (total > 0).astype(np.float64), np.nan)
 
 
 def _as_compared(values: Floats, metric: Metric, options: RankingOptions) -> Floats:
@@ -300,27 +427,28 @@ def _as_compared(values: Floats, metric: Metric, options: RankingOptions) -> Flo
         return np.floor(np.log(np.maximum(values, 0.0)) / np.log1p(options.step_time_tolerance))
 
 
-def _reasons(
-    trials: Trials, wrong: list[tuple[str, Bools]], nan_count: Ints, feasible: Bools, options: RankingOptions
-) -> list[str]:
+def _reasons(trials: Trials, judged: Judged, feasible: Bools, options: RankingOptions) -> list[str]:
+    """Why each config is ruled out, each trial under all that went wrong in it; empty for a feasible one."""
     seeds = trials.rows.column("seed").to_pylist()
     errors = trials.rows.column("error").to_pylist() if "error" in trials.rows.column_names else None
-    missing = trials.missing()
     by_config: dict[int, list[str]] = {int(config): [] for config in np.flatnonzero(~feasible)}
     owner = np.repeat(np.arange(trials.configs), trials.counts)
-    for what, mask in wrong:
+    wrong = judge_trials(trials, options)["wrong"]
+    for bit, what in enumerate(reasons(options)):
         found: dict[int, list[int]] = {}
-        for trial in np.flatnonzero(mask & ~feasible[owner]):
+        for trial in np.flatnonzero(
+            (wrong >> wrong.dtype.type(bit) & wrong.dtype.type(1)) & ~feasible[owner]
+        ):
             found.setdefault(int(owner[trial]), []).append(int(trial))
         for config, indices in found.items():
             text = f"{_seeds([seeds[index] for index in indices])} {what}"
             message = errors[indices[0]] if errors and what == "failed" else None
             by_config[config].append(text + (f" ({_one_line(message)})" if message else ""))
-    for config, reasons in by_config.items():
-        if missing[config]:
-            reasons.append(f"{_seeds(trials.missing_seeds(config))} missing")
-        if nan_count[config] > options.nan_budget:
-            reasons.append(f"{nan_count[config]} non-finite values (budget {options.nan_budget})")
+    for config, said in by_config.items():
+        if judged.missing[config]:
+            said.append(f"{_seeds(trials.missing_seeds(config))} missing")
+        if judged.nan_count[config] > options.nan_budget:
+            said.append(f"{judged.nan_count[config]} non-finite values (budget {options.nan_budget})")
     return ["; ".join(by_config.get(config, [])) for config in range(trials.configs)]
 
 

@@ -45,18 +45,27 @@ def read_rows(run: Path) -> pa.Table:
     Raises RunReadError, naming the folder or file, where there is no run, no row, a file that is not a whole
     fragment of rows, or a trial_id that occurs twice.
     """
+    table = read_fragments(find_rows(run), kind="rows")
+    check_trial_ids(table.column("trial_id"), run)
+    return table
+
+
+def find_rows(run: Path) -> Path:
+    """The folder of the run's rows; RunReadError naming what is not there."""
     run = Path(run)
     if not run.is_dir():
         raise RunReadError(f"{run} is not a folder" if run.exists() else f"{run} does not exist")
     if not (run / ROWS_FOLDER).is_dir():
         raise RunReadError(f"{run} is not a run folder: it holds no {ROWS_FOLDER}/")
-    table = read_fragments(run / ROWS_FOLDER, kind="rows")
-    ids = table.column("trial_id")
+    return run / ROWS_FOLDER
+
+
+def check_trial_ids(ids: pa.ChunkedArray, run: Path) -> None:
+    """RunReadError naming the run where one of these occurs twice."""
     if pc.count_distinct(ids).as_py() != len(ids):
         counts = pc.value_counts(ids)
         twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
         raise RunReadError(f"{run} holds {len(twice)} trial_id more than once, such as {twice[0].as_py()}")
-    return table
 
 
 def _is_measured(column: str) -> bool:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reports.metrics import ROBUSTNESS, SHORTFALL
-from reports.ranking import RANKED_BY_KEY
+from reports.ranking import RANKED_BY_KEY, run_totals
 from reports.schema import CONFIG_PREFIX, TRIAL_STATUSES, config_columns
 
 WIDTH = 120
@@ -23,14 +23,15 @@ KNOBS_IN_TABLE = 6  # more than that below every config would bury the numbers; 
 
 
 def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
-    """What `reports.ranking.rank` returned, as lines of at most 120 columns, the last without a newline.
+    """A leaderboard as lines of at most 120 columns, the last without a newline.
 
     First what was run and how it was ranked, then the `top` best configs (all for None), each with where its
     rank lies in 90 % of draws of seeds, how often it is the best there, and mean ± std over seeds; those that
     are no better than abstaining everywhere below a line that says so; the knobs that are not the same in
     every config stand below each config, or, when there are many, below the table for the best one. Then the
-    configs that were ruled out (`top` of them), each with its reason. What is left
-    out is counted. Ids and names are never cut.
+    configs that were ruled out (`top` of them), each with its reason. What is left out is counted. Of a large
+    run, whose leaderboard holds the best configs alone, it is said how many each reason ruled out. Ids and
+    names are never cut.
     """
     if len(table) == 0:
         return "no configs"
@@ -38,18 +39,22 @@ def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
         raise ValueError(f"top must be >= 0, got {top=}")
     feasible = table.filter(table.column("feasible"))
     ruled_out = table.filter(pc.invert(table.column("feasible")))
-    lines = [*_summary(table, len(feasible)), ""]
+    totals = run_totals(table)
+    lines = [*_summary(table, totals), ""]
     if len(feasible):
         knobs = _varying_knobs(table)
         few = len(knobs) <= KNOBS_IN_TABLE
         lines += _table(feasible.slice(0, top), _shown_metrics(table), knobs if few else [])
         lines += _left_out(len(feasible), top, "more configs in the leaderboard")
+        lines += _left_out(totals["feasible"], len(feasible), "more that are not in the leaderboard")
         if not few and top != 0:
             lines += ["", *_knobs_of(feasible.slice(0, 1).to_pylist()[0], knobs)]
     else:
         lines.append("no config is feasible")
-    if len(ruled_out):
-        lines += ["", f"ruled out: {len(ruled_out)} of {len(table)} configs"]
+    if totals["feasible"] < totals["configs"]:
+        lines += ["", f"ruled out: {totals['configs'] - totals['feasible']} of {totals['configs']} configs"]
+        for met in totals["ruled_out"]:
+            lines += _wrap(f"{met['configs']:>8}{GAP}{met['why']}, such as {met['such_as']}", rest=" " * 10)
         for entry in ruled_out.slice(0, top).select(["rank", "config_id", "why"]).to_pylist():
             head = f"{entry['rank']:>4}{GAP}{entry['config_id']}{GAP}"
             lines += _wrap(entry["why"], first=head, rest=" " * len(head))
@@ -68,12 +73,13 @@ def format_number(value: float | int | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _summary(table: pa.Table, feasible: int) -> list[str]:
-    trials = _sum(table, "n_trials")
-    ended = [(status, _sum(table, f"n_{status}")) for status in TRIAL_STATUSES]
+def _summary(table: pa.Table, totals: dict[str, Any]) -> list[str]:
+    ended = [(status, totals[f"n_{status}"]) for status in TRIAL_STATUSES]
     counts = ", ".join(f"{number} {status}" for status, number in ended if number)
-    missing = _sum(table, "n_missing")
-    text = f"{len(table)} configs, {feasible} feasible; {trials} trials: {counts}"
+    missing = totals["n_missing"]
+    text = (
+        f"{totals['configs']} configs, {totals['feasible']} feasible; {totals['n_trials']} trials: {counts}"
+    )
     lines = _wrap(text + (f"; {missing} missing" if missing else ""))
     said = _ranked_by(table)
     if said:
@@ -196,10 +202,6 @@ def _interval(entry: dict[str, Any]) -> str:
 def _knob(name: str, value: Any) -> str:
     text = format_number(value) if isinstance(value, float) else str(value).lower()
     return f"{name.removeprefix(CONFIG_PREFIX)}={value if isinstance(value, str) else text}"
-
-
-def _sum(table: pa.Table, name: str) -> int:
-    return int(pc.sum(table.column(name)).as_py())
 
 
 def _width(column: list[str]) -> int:

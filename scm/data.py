@@ -42,6 +42,11 @@ class Split:
     def __len__(self) -> int:
         return int(self.inputs.shape[0])
 
+    def take(self, rows: Tensor) -> Split:
+        """Return the rows at these positions (int64), in this order."""
+        extras = {name: extra[rows] for name, extra in self.extras.items()}
+        return Split(self.inputs[rows], self.targets.index(rows), extras)
+
     def digest(self) -> str:
         """Return the SHA-256 of names, dtypes, shapes and bytes: equal for equal data on every machine."""
         hashed = hashlib.sha256()

@@ -319,6 +319,44 @@ _COMPANIONS: dict[str, Callable[[TrialConfig, Around], AnyCompanion | None]] = {
 }
 
 
+def make_training_config(
+    config: TrialConfig,
+    *,
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    val_loader: Iterable[Any] | None = None,
+    log_hook: Callable[[Mapping[str, Any]], object] | None = None,
+) -> TrainingConfig:
+    """Make what a trial's config tells the trainer; what it says of model, loss and data is made elsewhere.
+
+    Raises ValueError for a config with `restore_best` where there is no `val_loader`.
+    """
+    return TrainingConfig(
+        learning_rate=config.learning_rate,
+        max_epochs=config.max_epochs,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        amp_dtype=DTYPES[config.amp_dtype],
+        tau_train_min=config.tau_train_min,
+        tau_train_max=config.tau_train_max,
+        tau_infer=config.tau_infer,
+        coverage_threshold=config.coverage_threshold,
+        coverage_patience=config.coverage_patience,
+        gradient_policy=config.gradient_policy,
+        log_hook=log_hook,
+        val_loader=val_loader,
+        device=device,
+        loss_curriculum=make_curriculum(config),
+        scheduler_cadence="per_epoch",
+        clip_norm=config.clip_norm,
+        nonfinite_budget=config.nonfinite_budget,
+        finite_action=config.finite_action,
+        finite_streak=None if config.finite_action == "skip_step" else config.finite_streak,
+        seed=seed,
+        restore_best=config.restore_best,
+    )
+
+
 def make_trainer(
     config: TrialConfig,
     seed: int,
@@ -351,29 +389,8 @@ def make_trainer(
         val_batches = _batches(val, dtype, max(config.batch_size, _VALIDATION_ROWS), device, None)
     loss_fn = make_training_loss(config) if loss_fn is None else loss_fn
     around = Around(model, optimizer, batches, val_batches, seed, torch.device(device), loss_fn, symmetries)
-    training = TrainingConfig(
-        learning_rate=config.learning_rate,
-        max_epochs=config.max_epochs,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        amp_dtype=DTYPES[config.amp_dtype],
-        tau_train_min=config.tau_train_min,
-        tau_train_max=config.tau_train_max,
-        tau_infer=config.tau_infer,
-        coverage_threshold=config.coverage_threshold,
-        coverage_patience=config.coverage_patience,
-        gradient_policy=config.gradient_policy,
-        log_hook=log_hook,
-        val_loader=val_batches,
-        device=device,
-        loss_curriculum=make_curriculum(config),
-        scheduler_cadence="per_epoch",
-        clip_norm=config.clip_norm,
-        nonfinite_budget=config.nonfinite_budget,
-        finite_action=config.finite_action,
-        finite_streak=None if config.finite_action == "skip_step" else config.finite_streak,
-        seed=seed,
-        restore_best=config.restore_best,
+    training = make_training_config(
+        config, seed=seed, device=device, val_loader=val_batches, log_hook=log_hook
     )
     return SCMTrainer(
         model,

@@ -11,6 +11,7 @@ import pytest
 from ruamel import yaml
 
 from harness.cli.main import COMMANDS, help_text, main
+from harness.defaults.record import record_text
 from harness.plan import Plan, load_plan, plan_space
 from harness.yaml_text import write_yaml
 from reports.metrics import METRICS
@@ -19,6 +20,7 @@ from reports.schema import BASE_COLUMNS, HISTORY_COLUMNS
 from scm.training.targets import STATUSES
 from scm.trial_config import KNOBS
 from search_spaces.named import SPACES
+from trainables.configs import resolve_config
 from trainables.tasks.registry import TASKS
 from trainables.tasks.table import TableParams, parse_table_params
 from trainables.trial import HISTORY_KEYS
@@ -35,7 +37,10 @@ def blocks(path: Path, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the examples and with runs/mine, what a small sweep of one of them left."""
+    """A folder with the examples, with runs/mine, what a small sweep of one of them left, and defaults.yaml.
+
+    What is in a defaults.yaml that a run was decided by, `tests/harness_tests/test_cli_defaults.py` says.
+    """
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "examples").symlink_to(ROOT / "examples")
     plan = {
@@ -46,6 +51,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seeds": [0, 1],
         "base_dir": str(ROOT / "examples"),
     }
+    (folder / "defaults.yaml").write_text(record_text({"config": resolve_config({})}), encoding="utf-8")
     path = folder / "small.yaml"
     path.write_text(write_yaml(plan), encoding="utf-8")
     assert main(["sweep", str(path), "--out", str(folder / "runs" / "mine")]) == 0

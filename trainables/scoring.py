@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from scm.data import Split
 from scm.trial import Decoded
-from trainables.tasks.protocol import Task, check_metrics
+from trainables.tasks.protocol import Task, TaskError, check_metrics
 
 if TYPE_CHECKING:
     from scm.trial_config import TrialConfig
@@ -36,22 +36,40 @@ def metric_columns(metrics: object, where: str) -> dict[str, float]:
 def score_many(
     task: Task, split: Split, configs: Sequence[TrialConfig], decoded: Decoded
 ) -> list[dict[str, float] | BaseException]:
-    """Score the answers of many models on one split, in one call where the task has a method for it.
+    """Score the answers of many models on one split as columns of rows.
+
+    `decoded` has the models before the rows. What the task raises for one of them is its entry, and so is the
+    `TaskError` for what is no metrics.
+    """
+    found: list[dict[str, float] | BaseException] = []
+    for metrics in raw_scores(task, split, configs, decoded):
+        try:
+            found.append(
+                metrics if isinstance(metrics, BaseException) else metric_columns(metrics, task.name)
+            )
+        except TaskError as error:
+            found.append(error)
+    return found
+
+
+def raw_scores(task: Task, split: Split, configs: Sequence[TrialConfig], decoded: Decoded) -> list[object]:
+    """What the task says of the answers of many models, unchecked; in one call where it has a method for it.
 
     `decoded` has the models before the rows. What the task raises for one of them is its entry.
     """
     together = getattr(task, "pack_metrics", None)
     if together is not None:
         try:
-            many = together(decoded, split, configs)
-            return [metric_columns(metrics, task.name) for metrics in many]
+            many = list(together(decoded, split, configs))
         except (Exception, SystemExit):  # one of them may be at fault: below it is seen which
-            pass
-    found: list[dict[str, float] | BaseException] = []
+            many = []
+        if len(many) == len(configs):
+            return many
+    found: list[object] = []
     for place, config in enumerate(configs):
         try:
             own = Decoded(*(item[place] for item in decoded if item is not None))
-            found.append(metric_columns(task.metrics(own, split, config), task.name))
+            found.append(task.metrics(own, split, config))
         except (Exception, SystemExit) as error:  # what a task raises is the outcome of that trial
             found.append(error)
     return found

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from scm.trial import DTYPES
 from scm.trial_config import TrialConfig
 from trainables.configs import resolve_config
 from trainables.loading import load_task
-from trainables.packed_trial import Member, PackRun
+from trainables.packed_trial import Member, PackRun, Shelf
 from trainables.tasks.protocol import Task
 
 _KIND = "trained"
@@ -68,21 +68,27 @@ def train_models(
     *,
     device: str = "cpu",
     on_epoch: Callable[[], None] = lambda: None,
+    deal: Callable[[Mapping[str, Split], int], Mapping[str, Split]] | None = None,
+    shelf: Shelf | None = None,
 ) -> dict[str, Trained | Mapping[str, Any]]:
     """Train (trial_id, config, seed), as packs where they can be, and return models by trial_id.
 
-    A trial that failed (its task raised) is there with its outcome alone.
+    A trial that failed (its task raised) is there with its outcome alone. `deal` makes the splits that a
+    seed's trials have from those of the task; `data_digest` is that of the task's. `shelf`: kept by a caller
+    that trains the same task again and again.
     """
     loaded: dict[int, Any] = {}
 
     def load(seed: int) -> tuple[Task, Mapping[str, Split]]:
-        loaded[seed] = load_task(spec, seed)
+        if seed not in loaded:
+            held = load_task(spec, seed)
+            loaded[seed] = held if deal is None else replace(held, splits=deal(held.splits, seed))
         return loaded[seed].task, loaded[seed].splits
 
     members = [Member(trial_id, config, seed) for trial_id, config, seed in trials]
     by_id = {member.trial_id: member for member in members}
     ended: dict[str, Trained | Mapping[str, Any]] = {}
-    run = PackRun(members, load, device, keep_models=True)
+    run = PackRun(members, load, device, shelf=shelf, keep_models=True)
     while not run.done:
         for told in run.step():
             on_epoch()

@@ -31,11 +31,16 @@ COMMANDS: dict[str, Command] = {
     "audit": Command("harness.cli.audit", "name the knobs of a plan that do nothing, before it is run"),
     "rank": Command("harness.cli.rank", "rank the configs of a run"),
     "report": Command("harness.cli.report", "write a page of a run that needs no network, or Markdown"),
+    "compare": Command("harness.cli.compare", "say what differs between two runs, pair by pair of trials"),
+    "defaults": Command(
+        "harness.cli.defaults", "confirm the best configs of a run on fresh seeds, and write the default"
+    ),
     "robustness": Command(
         "harness.cli.robustness",
         "try laws, faults and shifted data on the best configs of a run, or on a model",
     ),
     "replay": Command("harness.cli.replay", "try a case that broke a law again"),
+    "gate": Command("harness.cli.gate", "say whether a change makes training worse"),
     "spaces": Command("harness.cli.spaces", "list the named search spaces and what each varies"),
     "tasks": Command("harness.cli.tasks", "list the tasks that a plan can name"),
 }
@@ -98,8 +103,9 @@ def help_text() -> str:
     lines += ["", "scm-harness COMMAND --help says more about one command."]
     lines += [
         "",
-        "exit codes: 0 done; 1 found something (audit, robustness, replay); 2 bad input (usage, plan, space,",
-        "data, checkpoint); 4 run folder missing, not empty, unwritable or not a run; 5 finished, but no",
+        "exit codes: 0 done; 1 found something (audit, robustness, replay, gate); 2 bad input (usage, plan,",
+        "space, data, checkpoint); 3 the evidence does not decide (defaults, gate); 4 run folder missing,",
+        "not empty, unwritable or not a run, baseline missing or not comparable (gate); 5 finished, but no",
         "config has a completed trial; 6 the environment cannot give what was asked (GPU, address);",
         "130 interrupted, finished rows kept.",
     ]

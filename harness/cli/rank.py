@@ -1,4 +1,7 @@
-"""`scm-harness rank RUN`: judge the rows of a run anew, print the best configs, write its leaderboard."""
+"""`scm-harness rank RUN`: judge the rows of a run anew, print the best configs, write its leaderboard.
+
+What several runs are ranked by is decided in `harness.cli.rank_scenarios`.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,11 @@ def make_parser() -> CommandParser:
     """The options of the command; what is not given is taken from the run's plan."""
     parser = CommandParser(
         "rank",
-        "Rank the configs of a run: constraints first, then Pareto fronts. Writes leaderboard.parquet.",
+        "Rank the configs of a run: constraints first, then Pareto fronts. Writes leaderboard.parquet. Of "
+        "several runs, rank the settings that all their scenarios (tasks and data) have tried.",
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the run folder")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="the run folder, or several")
     add(
         "--by",
         action="append",
@@ -46,22 +50,36 @@ def make_parser() -> CommandParser:
         help="step times this close count as equal (default 0.05)",
     )
     add("--json", action="store_true", help="print the whole leaderboard as JSON, NaN as null")
+    add(
+        "--reference",
+        metavar="SETTINGS",
+        help="of several runs: the settings_id that figures are relative to (default: those of the first "
+        "plan's config where all runs tried them, else the median)",
+    )
+    add("--out", type=Path, metavar="FILE", help="of several runs: write their leaderboard here, as Parquet")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Rank a run; the ranking goes to stdout, and to the run's leaderboard.parquet."""
-    options = make_parser().parse_args(argv)
-    return run(
-        options.run,
-        by=[name for names in options.by for name in names] if options.by else None,
-        top=options.top,
-        nan_budget=options.nan_budget,
-        failed_budget=options.failed_budget,
-        target_coverage=options.target_coverage,
-        step_time_tolerance=options.step_time_tolerance,
-        as_json=options.json,
-    )
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    given = {
+        "by": [name for names in options.by for name in names] if options.by else None,
+        "nan_budget": options.nan_budget,
+        "failed_budget": options.failed_budget,
+        "target_coverage": options.target_coverage,
+        "step_time_tolerance": options.step_time_tolerance,
+    }
+    shown = {"top": options.top, "as_json": options.json}
+    if len(options.runs) > 1:
+        from harness.cli.rank_scenarios import run_several
+
+        return run_several(options.runs, given, **shown, reference=options.reference, out=options.out)
+    for name in ("reference", "out"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} is for several runs, got one")
+    return run(options.runs[0], **given, **shown)
 
 
 def run(
@@ -81,16 +99,12 @@ def run(
     for an option that the rows do not bear. Code 5 is returned where no config has a measured trial.
     """
     from reports.fragments import RunReadError
-    from reports.ranking import rank, write_leaderboard
+    from reports.large_runs import rank_run
+    from reports.ranking import run_totals, write_leaderboard
     from reports.robustness_scores import read_robustness
-    from reports.rows import read_rows
+    from reports.rows import find_rows
     from reports.text import render_leaderboard
 
-    try:
-        rows = read_rows(folder)
-        robustness = read_robustness(folder)
-    except RunReadError as error:
-        raise UserError(str(error), EXIT_RUN_FOLDER) from None
     given = {
         "by": None if by is None else tuple(by),
         "nan_budget": nan_budget,
@@ -99,7 +113,11 @@ def run(
         "step_time_tolerance": step_time_tolerance,
     }
     try:
-        leaderboard = rank(rows, make_options(folder, given), robustness)
+        find_rows(folder)
+        robustness = read_robustness(folder)
+        leaderboard = rank_run(folder, make_options(folder, given), robustness)
+    except RunReadError as error:
+        raise UserError(str(error), EXIT_RUN_FOLDER) from None
     except ValueError as error:
         raise UserError(str(error), EXIT_BAD_INPUT) from None
 
@@ -108,8 +126,8 @@ def run(
         write_leaderboard(folder, leaderboard)
     except OSError as error:
         raise UserError(f"cannot write the leaderboard: {error}", EXIT_RUN_FOLDER) from None
-    measured = sum(sum(leaderboard.column(name).to_pylist()) for name in ("n_completed", "n_stopped"))
-    return EXIT_OK if measured else EXIT_NOTHING_COMPLETED
+    totals = run_totals(leaderboard)
+    return EXIT_OK if totals["n_completed"] + totals["n_stopped"] else EXIT_NOTHING_COMPLETED
 
 
 def make_options(folder: Path, given: dict[str, Any]) -> RankingOptions:

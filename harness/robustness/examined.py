@@ -150,7 +150,7 @@ def _of_run(folder: Path, top: int | None, seeds: int) -> Examined:
         )
     chosen = ranked if top is None else ranked[:top]
     held = rows.to_pylist()
-    configs = {entry["config_id"]: _config_of(entry) for entry in chosen}
+    configs = {entry["config_id"]: config_of_entry(entry) for entry in chosen}
     own = tuple(plan.seeds)
     few = () if top is None or len(chosen) == top else (f"the run has {len(chosen)} feasible configs",)
     return Examined(
@@ -163,7 +163,7 @@ def _of_run(folder: Path, top: int | None, seeds: int) -> Examined:
     )
 
 
-def _config_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+def config_of_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a leaderboard's entry; knobs that are null there do nothing under it."""
     given = {
         name.removeprefix(CONFIG_PREFIX): value

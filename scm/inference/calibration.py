@@ -40,6 +40,7 @@ SCHEMA_VERSION = 1
 GAUGES = ("unit", "raw")
 COUNT_NAMES = ("total", "in_range", "censored", "non_finite", "false_accepts", "false_rejects")
 BOUND_NAMES = ("max_false_accept", "max_false_reject", "confidence", "tau_min")
+TAU_MAX = "tau_max"  # in `bound` only where it was asked for
 
 _CURVE_POINTS = 41
 
@@ -63,7 +64,8 @@ class CalibrationRecord:
     tau_infer   in units of |Q| in `gauge`, exactly representable in `dtype`
     split       name of the held-out split; `data_hash` is the sha256 of what it held
     counts      rows: total, in_range, censored, non_finite, false_accepts, false_rejects (at tau_infer)
-    bound       max_false_accept, max_false_reject, confidence (None: not asked for) and tau_min
+    bound       max_false_accept, max_false_reject, confidence (None: not asked for) and tau_min; tau_max too
+                where there was one
     curve       `tau_infer_sweep_from_q_abs` on the split; a rate over no rows is None
     """
 
@@ -175,6 +177,7 @@ def calibrate(
     data_hash: str | Tensor | None = None,
     confidence: float | None = None,
     tau_min: float = 1e-12,
+    tau_max: float | None = None,
 ) -> CalibrationRecord:
     """Choose tau_infer on a split so that its rates there meet the bound, and return the frozen choice.
 
@@ -182,7 +185,8 @@ def calibrate(
     With `max_false_accept` (share of censored rows accepted, in [0, 1)) the smallest threshold in the dtype
     of `q_abs` that meets it is chosen; with `max_false_reject` alone (share of in-range rows rejected, in
     [0, 1)) the largest. With both, the smallest that meets the first must also meet the second.
-    Non-finite |Q| is rejected by every threshold. No threshold below `tau_min` is chosen.
+    Non-finite |Q| is rejected by every threshold. No threshold below `tau_min` is chosen, and none above
+    `tau_max`, as where tau_infer must not exceed the thresholds of the training.
 
     `confidence` (in (0, 1)) tightens each bound so that, for rows drawn alike, the rate in the population
     exceeds it with probability at most 1 − confidence (one-sided exact binomial limit).
@@ -191,16 +195,23 @@ def calibrate(
     CalibrationError where no threshold meets the bound, naming the best rate within reach.
     """
     q, in_range = checked_rows(q_abs, is_in_range)
-    bound = _checked_bound(max_false_accept, max_false_reject, confidence, tau_min)
+    bound = _checked_bound(max_false_accept, max_false_reject, confidence, tau_min, tau_max)
     _check_gauge_of(q, gauge)
     floor = threshold_in(tau_min, q.dtype)
+    ceiling = math.inf if tau_max is None else _largest_within(tau_max, q.dtype)
     if max_false_accept is not None:
         tau = _smallest_for_false_accept(q[~in_range], max_false_accept, confidence, floor)
+        if tau > ceiling:
+            best = _share(int(_accepted(q[~in_range], ceiling).sum()), int((~in_range).sum()))
+            raise CalibrationError(
+                f"no tau_infer <= {tau_max} has a false-accept rate <= {max_false_accept}"
+                f"{_with_confidence(confidence)}: the best within reach is {best:.6g}; it takes {tau}"
+            )
         if max_false_reject is not None:
             _check_false_reject(q[in_range], tau, max_false_reject, confidence, max_false_accept)
     else:
         assert max_false_reject is not None
-        tau = _largest_for_false_reject(q[in_range], max_false_reject, confidence, floor)
+        tau = min(_largest_for_false_reject(q[in_range], max_false_reject, confidence, floor), ceiling)
     return CalibrationRecord(
         tau_infer=tau,
         split=split,
@@ -258,7 +269,7 @@ def calibrated_decode(
         config = record.inference_config(tau_train=tau_train)
     result = strict_inference(numerator, denominator, config)
     if gauge == "unit":
-        _check_unit(numerator, denominator)
+        check_unit_tuples(numerator, denominator)
     return result
 
 
@@ -370,6 +381,14 @@ def _with_confidence(confidence: float | None) -> str:
     return "" if confidence is None else f" with confidence {confidence}"
 
 
+def _largest_within(limit: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` that is not above `limit`."""
+    rounded = torch.tensor(threshold_in(limit, dtype), dtype=dtype)
+    if float(rounded) > limit:
+        rounded = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return float(rounded)
+
+
 def _accepted(q: Tensor, tau: float) -> Tensor:
     return torch.isfinite(q) & (q >= torch.tensor(tau, dtype=q.dtype))
 
@@ -411,7 +430,8 @@ def _check_gauge_of(q: Tensor, gauge: str) -> None:
         )
 
 
-def _check_unit(numerator: Any, denominator: Any) -> None:
+def check_unit_tuples(numerator: Any, denominator: Any) -> None:
+    """Raise GaugeMismatchError unless P² + Q² = 1 for every tuple that is finite and not (0, 0)."""
     P, Q = (
         as_inexact(tensor_of(part) if isinstance(part, np.ndarray) else part.detach())
         for part in (numerator, denominator)
@@ -431,7 +451,11 @@ def _check_unit(numerator: Any, denominator: Any) -> None:
 
 
 def _checked_bound(
-    max_false_accept: float | None, max_false_reject: float | None, confidence: float | None, tau_min: float
+    max_false_accept: float | None,
+    max_false_reject: float | None,
+    confidence: float | None,
+    tau_min: float,
+    tau_max: float | None,
 ) -> dict[str, float | None]:
     if max_false_accept is None and max_false_reject is None:
         raise ValueError("calibrate needs max_false_accept or max_false_reject, got neither")
@@ -442,8 +466,11 @@ def _checked_bound(
         raise ValueError(f"confidence must be in (0, 1), got {confidence=}")
     if not (math.isfinite(tau_min) and tau_min > 0.0):
         raise ValueError(f"tau_min must be finite and > 0, got {tau_min=}")
+    if tau_max is not None and not (math.isfinite(tau_max) and tau_max >= tau_min):
+        raise ValueError(f"tau_max must be finite and >= tau_min, got {tau_max=}, {tau_min=}")
     values = (max_false_accept, max_false_reject, confidence, tau_min)
-    return {name: None if v is None else float(v) for name, v in zip(BOUND_NAMES, values, strict=True)}
+    bound = {name: None if v is None else float(v) for name, v in zip(BOUND_NAMES, values, strict=True)}
+    return bound if tau_max is None else {**bound, TAU_MAX: float(tau_max)}
 
 
 def _check_record(record: CalibrationRecord) -> None:
@@ -458,7 +485,8 @@ def _check_record(record: CalibrationRecord) -> None:
         raise CalibrationError(f"gauge must be one of {GAUGES}, got {record.gauge!r}")
     for field, names in (("counts", COUNT_NAMES), ("bound", BOUND_NAMES), ("curve", CURVE_NAMES)):
         value = getattr(record, field)
-        if not isinstance(value, Mapping) or set(value) != set(names):
+        optional = {TAU_MAX} if field == "bound" else set()
+        if not isinstance(value, Mapping) or set(value) - optional != set(names):
             raise CalibrationError(f"{field} must have exactly the entries {names}, got {value!r}")
     for name, count in record.counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.cli.main import main
+from reports import large_runs
 from reports.rows import RowWriter, read_rows
 from reports.schema import row_schema
 
@@ -220,6 +221,39 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_large_run_is_ranked_in_pieces_to_the_same_table(run, capsys, monkeypatch):
+    """What is printed and written does not tell how the rows were read; nothing heavy is loaded for it."""
+    assert main(["rank", str(run), "--top", "1"]) == 0
+    whole, written = capsys.readouterr().out, (run / "leaderboard.parquet").read_bytes()
+    monkeypatch.setattr(large_runs, "LARGE_ROWS", 0)
+    assert main(["rank", str(run), "--top", "1"]) == 0
+    assert capsys.readouterr().out == whole
+    assert (run / "leaderboard.parquet").read_bytes() == written
+    code = f"""
+import sys
+from harness.cli.main import main
+from reports import large_runs
+large_runs.LARGE_ROWS = 0
+code = main(["rank", {str(run)!r}])
+heavy = [name for name in ("torch", "ray", "scipy", "optuna") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_large_run_in_which_nothing_completed_has_its_own_code(tmp_path, capsys, monkeypatch):
+    """Trials are counted over the whole run, not over the configs that the leaderboard holds."""
+    monkeypatch.setattr(large_runs, "LARGE_ROWS", 0)
+    rows = [row(f"c{number}", 0, status="failed", error="boom") for number in range(3)]
+    monkeypatch.setattr(large_runs.rank_run, "__kwdefaults__", {"large_rows": None, "most": 1})
+    assert main(["rank", str(write_run(tmp_path / "bad", rows))]) == 5
+    assert "3  trials failed, such as c0" in capsys.readouterr().out
+    good = write_run(tmp_path / "good", [row("a", 0), row("b", 0, status="failed")])
+    assert main(["rank", str(good)]) == 0
+    assert ranking_of(good) == ["a"]
 
 
 def write_scores(run: Path, columns: dict[str, list[Any]]) -> Path:

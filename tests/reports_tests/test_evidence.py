@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as stn
 from scipy import stats
 
 from reports.evidence import draws, improvement_chance, paired_difference, resample_ranks
-from reports.order import Standing
 
 VALUES = st.floats(-1e6, 1e6)
 BLOCKS = st.integers(1, 30)
@@ -134,18 +133,11 @@ def test_ranks_are_resampled_as_by_hand():
     """Two configs that win a seed each, and one that loses both."""
     values = np.array([[1.0, 4.0], [3.0, 3.0], [9.0, 9.0]])
 
-    def stand(drawn: np.ndarray) -> Standing:
+    def arrange(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean = values @ drawn / drawn.sum()
-        zeros = np.zeros(3, dtype=np.int64)
-        return Standing(
-            feasible=np.ones(3, dtype=bool),
-            number_wrong=zeros,
-            kind=zeros,
-            objectives=mean[:, None],
-            ties=mean[:, None],
-        )
+        return stats.rankdata(mean, method="min").astype(np.int64), np.argsort(mean, kind="stable")
 
-    found = resample_ranks(stand, configs=3, blocks=2).to_pydict()
+    found = resample_ranks(arrange, configs=3, blocks=2).to_pydict()
     assert found == {
         "rank_low": [1, 1, 3],
         "rank_high": [2, 2, 3],

@@ -12,10 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 
 from reports.evidence import RANK_COLUMNS
-from reports.order import pareto_fronts
 from reports.ranking import MOST_WEIGHED, RANKED_BY_KEY, RankingOptions, rank, write_leaderboard
 
 SEEDS = (0, 1)
@@ -64,50 +62,6 @@ def ranked(rows: list[dict[str, Any]], **options: Any) -> dict[str, dict[str, An
 
 def order(rows: list[dict[str, Any]], **options: Any) -> str:
     return "".join(ranked(rows, **options))
-
-
-def brute_force_fronts(points: np.ndarray) -> list[int]:
-    """Peels one front after another by the definition of dominance."""
-    fronts = [-1] * len(points)
-    left = set(range(len(points)))
-    number = 0
-    while left:
-        best = {
-            i
-            for i in left
-            if not any((points[j] <= points[i]).all() and (points[j] < points[i]).any() for j in left)
-        }
-        for index in best:
-            fronts[index] = number
-        left -= best
-        number += 1
-    return fronts
-
-
-@given(
-    arrays(
-        np.float64,
-        array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12).map(lambda s: (s[0], min(s[1], 4))),
-        elements=st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 1.0, 1e300, math.inf]),
-    )
-)
-def test_fronts_are_those_of_the_definition(points):
-    """For one to four objectives, infinities and equal points included, fronts agree with brute force."""
-    assert pareto_fronts(points).tolist() == brute_force_fronts(points)
-
-
-def test_fronts_of_many_points_agree_with_the_definition():
-    """Also for a few hundred points, correlated as errors and times are."""
-    generator = np.random.default_rng(0)
-    points = generator.normal(size=(300, 1)) + 0.3 * generator.normal(size=(300, 3))
-    assert pareto_fronts(points).tolist() == brute_force_fronts(points)
-
-
-def test_fronts_refuse_nan_and_take_no_points():
-    """NaN has no place in an order; no points have no fronts."""
-    with pytest.raises(ValueError, match="must not hold NaN"):
-        pareto_fronts(np.array([[1.0, math.nan]]))
-    assert pareto_fronts(np.zeros((0, 3))).tolist() == []
 
 
 def test_a_dominated_config_stands_in_a_later_front():

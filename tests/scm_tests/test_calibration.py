@@ -579,3 +579,24 @@ def test_a_calibrated_head_hands_its_arguments_on():
     head = CalibratedHead(Scaled(), record(), gauge="unit")
     result = head(torch.tensor([0.1]), 2.0, shift=0.5)
     assert result.decoded.item() == pytest.approx(1 / math.tan(0.7))
+
+
+def test_a_largest_threshold_holds_for_either_bound() -> None:
+    """Below it as without it; where the bound asks for more, it is cut or, for false accepts, refused."""
+    q_abs = torch.linspace(0.01, 1.0, 100)
+    in_range = q_abs > 0.5
+    free = calibrate(q_abs, in_range, split="cal", max_false_reject=0.1)
+    assert "tau_max" not in free.bound
+    assert (
+        calibrate(q_abs, in_range, split="cal", max_false_reject=0.1, tau_max=0.9).tau_infer == free.tau_infer
+    )
+    held = calibrate(q_abs, in_range, split="cal", max_false_reject=0.1, tau_max=0.1)
+    assert held.tau_infer <= 0.1
+    assert held.tau_infer == pytest.approx(0.1)
+    assert held.counts["false_rejects"] == 0
+    assert held.bound["tau_max"] == 0.1
+    assert CalibrationRecord.from_json(held.to_json()) == held
+    with pytest.raises(CalibrationError, match="no tau_infer <= 0.2 has a false-accept rate"):
+        calibrate(q_abs, in_range, split="cal", max_false_accept=0.1, tau_max=0.2)
+    with pytest.raises(ValueError, match="tau_max must be finite and >= tau_min"):
+        calibrate(q_abs, in_range, split="cal", max_false_reject=0.1, tau_max=1e-13)

@@ -9,13 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from scm.autodiff.policies import GradientPolicy
 from scm.data import Split
 from scm.guards.symmetry import make_symmetries, unchanged
 from scm.models import make_model
 from scm.seeding import generator
 from scm.training.targets import lift_semantic_targets
 from scm.training.trainer import SCMTrainer
-from scm.trial import decode_split, make_optimizer, make_scheduler, make_trainer, make_training_loss
+from scm.trial import (
+    decode_split,
+    make_optimizer,
+    make_scheduler,
+    make_trainer,
+    make_training_config,
+    make_training_loss,
+)
 from scm.trial_config import KNOBS, TrialConfig
 
 
@@ -377,3 +385,14 @@ def test_a_device_that_is_absent_is_an_error() -> None:
     config = TrialConfig.from_flat(BUSY)
     with pytest.raises((RuntimeError, AssertionError), match="(?i)cuda"):
         make_trainer(config, 0, lambda: make_model(config, 2), TRAIN, VAL, device="cuda")
+
+
+def test_a_config_makes_the_training_config_that_its_trainer_has() -> None:
+    """What is made of a config by hand tells a trainer the same; restore_best asks for validation data."""
+    config = TrialConfig.from_flat({"max_epochs": 3, "clip_norm": 2.0, "gradient_policy": "project"})
+    made = make_training_config(config, seed=1)
+    assert (made.max_epochs, made.clip_norm, made.seed) == (3, 2.0, 1)
+    assert made.gradient_policy is GradientPolicy.PROJECT
+    assert made.identity()["scheduler_cadence"] == "per_epoch"
+    with pytest.raises(ValueError, match="restore_best needs a val_loader"):
+        make_training_config(TrialConfig.from_flat({"restore_best": True}))

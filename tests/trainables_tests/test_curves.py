@@ -162,3 +162,30 @@ def test_points_without_an_error_are_left_out():
     assert risk_curve([(0.0, math.nan), (1.0, math.inf)]) == ([1.0], [math.inf])
     assert math.isnan(curve_area(*risk_curve([(0.0, math.nan)])))
     assert curve_area([0.5, 1.0], [1.0, math.inf]) == math.inf
+
+
+@given(st.floats(0.0, 5.0), st.lists(st.floats(0.01, 2.0), min_size=1, max_size=30))
+def test_of_a_constant_error_the_area_is_that_error_and_coverage_grows(error, q):
+    """Whatever the order is that |Q| puts answers in."""
+    told = curve_columns(points_of(answers([error] * len(q), q)))
+    assert told["curve_area"] == pytest.approx(error)
+    assert told["curve_coverage"] == sorted(set(told["curve_coverage"]))
+    assert told["curve_coverage"][-1] == 1.0
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 4, 5)])
+def test_answers_of_any_shape_over_one_denominator_have_a_curve(shape):
+    """A row is hidden whole, be its answer a number, a vector or a grid of scores."""
+
+    class Shaped(Known):
+        def metrics(self, decoded: Decoded, split: Split, config: TrialConfig) -> dict[str, float]:
+            kept = decoded.decoded[~decoded.bottom]
+            assert kept.isfinite().all()
+            assert decoded.decoded[decoded.bottom].isnan().all()
+            return {"accepted_error": float(kept.mean()), "charged_error": 0.0}
+
+    q = torch.linspace(0.1, 1.0, 20, dtype=torch.float64)[None]
+    values = torch.ones(1, 20, *shape, dtype=torch.float64)
+    none = torch.zeros(1, 20, dtype=torch.bool)
+    (points,) = risk_points(Shaped(False), split_of(20), [CONFIG], Decoded(values, none, none, q, values))
+    assert [error for _, error in points] == [1.0] * LEVELS

@@ -235,3 +235,25 @@ def test_a_weak_orientation_term_leaves_bottoms_on_the_wrong_side() -> None:
     config = dict(SUGGESTED) | {"max_epochs": 5, "lambda_sign": 0.1}
     weak = [run_trial(task, config, seed)["test_metric.macro_f1"] for seed in (0, 1, 2)]
     assert min(weak) < 0.7
+
+
+def test_many_trials_scored_at_once_are_scored_as_each_alone() -> None:
+    """Calls, directions and values of three models, one of which abstains everywhere and one has faults."""
+    task = make_dose_task({"size": "quick"})
+    split = task.splits(0)["val"]
+    rows = len(split)
+    draw = torch.Generator().manual_seed(0)
+    p, q = torch.randn(3, rows, generator=draw), torch.randn(3, rows, generator=draw)
+    bottom = (q.abs() < 0.3) | (torch.arange(3)[:, None] == 1)
+    fault = torch.zeros_like(bottom)
+    fault[2, ::7] = True
+    bottom |= fault
+    many = Decoded((p / q).masked_fill(bottom, torch.nan), bottom, fault, q.abs(), p)
+    config = TrialConfig()
+    together = task.pack_metrics(many, split, [config] * 3)
+    for place, scores in enumerate(together):
+        alone = task.metrics(Decoded(*(item[place] for item in many)), split, config)
+        assert scores == pytest.approx(alone, nan_ok=True)
+        called = task.calls(Decoded(*(item[place] for item in many)))
+        reference = three_way_scores(split.extras["label"], called)
+        assert {name: scores[name] for name in reference} == pytest.approx(reference, nan_ok=True)

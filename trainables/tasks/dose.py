@@ -6,7 +6,7 @@ sign of P there says below or above. What curves are and how calls are scored is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from scm.data import Split
 from scm.models import make_model
 from scm.training.targets import STATUS_CODES, lift_semantic_targets
-from trainables.metrics import standard_metrics
+from scm.trial import Decoded
+from trainables.metrics import pack_metrics
 from trainables.tasks.dose_data import (
     ABOVE,
     BELOW,
@@ -29,7 +30,7 @@ from trainables.tasks.dose_data import (
     distance_to_bottom,
     draw_dose_rows,
     draw_dose_rows_near_limits,
-    three_way_scores,
+    many_three_way_scores,
 )
 from trainables.tasks.generated import (
     SHIFTED_ROWS,
@@ -43,7 +44,6 @@ from trainables.tasks.generated import (
 from trainables.tasks.protocol import TaskError
 
 if TYPE_CHECKING:
-    from scm.trial import Decoded
     from scm.trial_config import TrialConfig
     from trainables.tasks.protocol import LossFn, Shifts
 
@@ -150,22 +150,35 @@ class DoseTask:
         `finite_mae` is over curves in range and called so; `direction_macro_f1` over curves out of range, by
         the sign of P alone. A fault is a call of no class, and so is a bottom with P = 0.
         """
+        one = Decoded(*(item[None] for item in decoded if item is not None))
+        return self.pack_metrics(one, split, [config])[0]
+
+    def pack_metrics(
+        self, decoded: Decoded, split: Split, configs: Sequence[TrialConfig]
+    ) -> list[dict[str, float]]:
+        """Score many trials at once; of `decoded`, every tensor has the trials before the rows."""
         value, status = split.extras["value"], split.extras["status"]
         predicted = decoded.decoded.to(value.dtype) * self.params.decades_per_unit + _CENTRE
         accepted = ~decoded.bottom
-        scores = standard_metrics(predicted, accepted, value, status, baseline=_CENTRE)
+        standard = pack_metrics(predicted, accepted, value, status, baseline=_CENTRE)
 
         truth = split.extras["label"].numpy()
-        called = self.calls(decoded).numpy()
-        scores |= three_way_scores(truth, called)
-        both = (split.extras["label"] == IN_RANGE) & accepted
-        error = (predicted - value)[both].abs()
-        scores["finite_mae"] = float(error.mean()) if error.numel() else float("nan")
         outside = truth != IN_RANGE
-        side = _side(decoded).numpy()
-        direction = three_way_scores(truth[outside], side[outside])
-        scores["direction_macro_f1"] = (direction["f1_c0"] + direction["f1_c2"]) / 2
-        return scores
+        calls = many_three_way_scores(truth, self.calls(decoded).numpy())
+        directions = many_three_way_scores(truth[outside], _side(decoded).numpy()[:, outside])
+        both = (split.extras["label"] == IN_RANGE) & accepted
+        error = torch.where(both, (predicted - value).abs(), 0.0).sum(1) / both.sum(1)  # nan: 0 over no curve
+        return [
+            {
+                **scores,
+                **called,
+                "finite_mae": mae,
+                "direction_macro_f1": (direction["f1_c0"] + direction["f1_c2"]) / 2,
+            }
+            for scores, called, mae, direction in zip(
+                standard, calls, error.tolist(), directions, strict=True
+            )
+        ]
 
     def calls(self, decoded: Decoded) -> Tensor:
         """Call curves 0 below, 1 in range or 2 above, by |Q| < tau_infer and the sign of P; -1 is no call."""

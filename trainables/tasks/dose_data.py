@@ -14,6 +14,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 BELOW, IN_RANGE, ABOVE = 0, 1, 2
+_CLASSES = (BELOW, IN_RANGE, ABOVE)
 LOG_DOSES: Floats = np.linspace(-9.0, -5.0, 10)
 LOG_LOW, LOG_HIGH = -9.0, -5.0
 # Between the regimes lie gaps of 1.4 decades, so that being in range is never a matter of noise.
@@ -118,21 +119,36 @@ def three_way_scores(truth: npt.ArrayLike, called: npt.ArrayLike) -> dict[str, f
     t, c = np.asarray(truth).ravel(), np.asarray(called).ravel()
     if t.shape != c.shape:
         raise ValueError(f"truth and called must have equal lengths, got {t.size} and {c.size}")
+    return many_three_way_scores(t, c[None])[0]
+
+
+def many_three_way_scores(truth: npt.ArrayLike, called: npt.ArrayLike) -> list[dict[str, float]]:
+    """`three_way_scores` of many callers, (callers, curves), on the same curves, (curves,)."""
+    t, c = (
+        np.where(np.isin(labels, _CLASSES), labels, len(_CLASSES)).astype(np.int64)
+        for labels in (truth, called)
+    )
+    kinds = len(_CLASSES) + 1
+    at = (np.arange(len(c))[:, None] * kinds + t) * kinds + c
+    counts = np.bincount(at.ravel(), minlength=len(c) * kinds**2).reshape(len(c), kinds, kinds)
+    return [_scores_of_counts(own) for own in counts.tolist()]
+
+
+def _scores_of_counts(counts: list[list[int]]) -> dict[str, float]:
+    """The scores of one caller: `counts` is how many curves of each class (and of none) it called what."""
+    true = [float(sum(row)) for row in counts]
+    called = [float(sum(column)) for column in zip(*counts, strict=True)]
     scores: dict[str, float] = {}
-    for label in (BELOW, IN_RANGE, ABOVE):
-        hits = float(np.sum((t == label) & (c == label)))
-        precision = _share(hits, float(np.sum(c == label)), empty=0.0)
-        recall = _share(hits, float(np.sum(t == label)), empty=0.0)
+    for label in _CLASSES:
+        hits = float(counts[label][label])
+        precision = _share(hits, called[label], empty=0.0)
+        recall = _share(hits, true[label], empty=0.0)
         scores[f"prec_c{label}"], scores[f"rec_c{label}"] = precision, recall
         scores[f"f1_c{label}"] = _share(2.0 * precision * recall, precision + recall, empty=0.0)
-    scores["macro_f1"] = sum(scores[f"f1_c{label}"] for label in (BELOW, IN_RANGE, ABOVE)) / 3.0
-    inside, nan = t == IN_RANGE, float("nan")
-    scores["false_censored_rate_on_in_range"] = _share(
-        float(np.sum(inside & (c != IN_RANGE))), float(np.sum(inside)), empty=nan
-    )
-    scores["false_in_range_rate_on_censored"] = _share(
-        float(np.sum(~inside & (c == IN_RANGE))), float(np.sum(~inside)), empty=nan
-    )
+    scores["macro_f1"] = sum(scores[f"f1_c{label}"] for label in _CLASSES) / 3.0
+    nan, inside, hits = float("nan"), true[IN_RANGE], float(counts[IN_RANGE][IN_RANGE])
+    scores["false_censored_rate_on_in_range"] = _share(inside - hits, inside, empty=nan)
+    scores["false_in_range_rate_on_censored"] = _share(called[IN_RANGE] - hits, sum(true) - inside, empty=nan)
     return scores
 
 
