@@ -325,8 +325,8 @@ def confirm(
     The candidate takes over when it is shown to be better, and fails in no guarded figure in any scenario.
     Shown is either that its chance to be better in a block is above one half, or that its mean score is
     lower: a default that is as good in most blocks and far worse in some loses by the second alone. Each has
-    half of the error of a look. A candidate that broke a constraint never takes over; where the current default broke
-    one and the candidate did not, it does.
+    half of the error of a look. A candidate that broke a constraint never takes over; where the current
+    default broke one and the candidate did not, it does.
     """
     if candidate_trouble:
         why = f"the candidate broke a constraint: {candidate_trouble}"
