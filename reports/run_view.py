@@ -622,7 +622,9 @@ def _sentence(said: Mapping[str, Any]) -> str:
     else:
         where = ""
         if best["rank_low"] is not None and best["rank_high"] is not None:
-            where = f", its rank between {best['rank_low']} and {best['rank_high']} when seeds are drawn anew"
+            low, high = best["rank_low"], best["rank_high"]
+            lies = f"nearly always {low}" if low == high else f"between {low} and {high}"
+            where = f", its rank {lies} when seeds are drawn anew"
             if best["p_best"] is not None:
                 where += f" and first in {100 * best['p_best']:.0f} % of the draws"
         parts.append(f"Ranked first is {best['config_id']}{where}.")
