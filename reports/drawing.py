@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 300.0, 176.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
 SCATTER_WIDTH, SCATTER_HEIGHT = 420.0, 270.0
 AXIS_GAP, PARALLEL_HEIGHT, PARALLEL_TOP, PARALLEL_BOTTOM = 104.0, 300.0, 44.0, 36.0
+MARK_SCALES = (0.8, 2.0)
 STYLES = 6  # colours, marks and dashes that the templates know
 _LOG_FROM = 30.0  # a span of values above which their logarithm is drawn
 _LARGEST, _SMALLEST = 1e300, 1e-300  # axes end there, so that no span and no power overflows
@@ -78,7 +79,8 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One point of a scatter: where it is, its style, what is said of it, and what y ranges over."""
+    """One point of a scatter: where it is, its style, what is said of it, what y ranges over, and a third
+    number that its size tells (None: it has none)."""
 
     x: float
     y: float
@@ -87,11 +89,13 @@ class Point:
     marked: bool = False
     y_low: float | None = None
     y_high: float | None = None
+    size: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """A placed point; `low` and `high` are the ends of its range, None where it has none."""
+    """A placed point; `low` and `high` are the ends of its range, None where it has none; `scale` is how many
+    times the usual its mark is wide."""
 
     x: float
     y: float
@@ -100,6 +104,7 @@ class Dot:
     marked: bool
     low: float | None
     high: float | None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +244,9 @@ def draw_scatter(
             point.marked,
             up(point.y_low) if point.y_low is not None and _is_finite(point.y_low) else None,
             up(point.y_high) if point.y_high is not None and _is_finite(point.y_high) else None,
+            scale,
         )
-        for point in points
+        for point, scale in zip(points, mark_scales([point.size for point in points]), strict=True)
     ]
     guide = ""
     if diagonal:
@@ -257,6 +263,26 @@ def draw_scatter(
         log_x=xs.log,
         log_y=ys.log,
     )
+
+
+def mark_scales(sizes: Sequence[float | None]) -> list[float]:
+    """How many times the usual each mark is wide: from the least number to the largest, by its logarithm.
+
+    1 where there is no positive number, and everywhere where all are alike.
+
+    >>> mark_scales([1.0, 10.0, 100.0, None])
+    [0.8, 1.4, 2.0, 1.0]
+    """
+    logs = [
+        math.log(size) if size is not None and _is_finite(size) and size > 0 else math.nan for size in sizes
+    ]
+    known = [at for at in logs if math.isfinite(at)]
+    if not known or min(known) == max(known):
+        return [1.0] * len(logs)
+    return [
+        round(_place(at, (min(known), max(known)), *MARK_SCALES), 2) if math.isfinite(at) else 1.0
+        for at in logs
+    ]
 
 
 def draw_parallel(title: str, axes: Sequence[Axis]) -> Parallel:

@@ -17,7 +17,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reports.pages import render_template, visible
+from reports.drawing import short
+from reports.pages import is_known, render_template, visible
 from reports.run_page import RunFolder, page_values
 from reports.run_view import KINDS, run_view
 
@@ -79,7 +80,10 @@ def interactive_figures(view: Mapping[str, Any]) -> list[dict[str, Any]]:
                         "x": [_number(point["x"]) for point in own],
                         "y": [_number(point["y"]) for point in own],
                         "text": [
-                            shown(f"{point['config_id']}, rank {point['rank']}, front {point['front']}")
+                            shown(
+                                f"{point['config_id']}, rank {point['rank']}, front {point['front']}"
+                                + (f", {short(point['size'])} ms" if is_known(point.get("size")) else "")
+                            )
                             for point in own
                         ],
                     }

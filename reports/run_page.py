@@ -30,7 +30,14 @@ from reports.drawing import (
 )
 from reports.fragments import RunReadError, fragment_paths
 from reports.history import HISTORY_FOLDER, read_history
-from reports.pages import read_mapping_part, read_part, read_table_part, render_template, write_page_file
+from reports.pages import (
+    is_known,
+    read_mapping_part,
+    read_part,
+    read_table_part,
+    render_template,
+    write_page_file,
+)
 from reports.provenance import PROVENANCE_FILE
 from reports.ranking import LEADERBOARD_FILE
 from reports.robustness_page import RUN_PART as ROBUSTNESS_FOLDER
@@ -155,7 +162,9 @@ def _draw_points(figure: Mapping[str, Any] | None, title: str, *, share: bool = 
             y=min(point["y"], top),
             style=KIND_STYLES[point["kind"]],
             marked=point["rank"] == 1,
-            text=f"{point['config_id']}, rank {point['rank']}: {short(point['x'])}, {short(point['y'])}",
+            text=f"{point['config_id']}, rank {point['rank']}: {short(point['x'])}, {short(point['y'])}"
+            + (f", {short(point['size'])} ms" if is_known(point.get("size")) else ""),
+            size=point.get("size"),
             y_low=point.get("low"),
             y_high=point.get("high"),
         )

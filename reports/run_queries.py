@@ -33,7 +33,7 @@ def queries(view: Mapping[str, Any]) -> dict[str, str]:
         f"from {BOARD} group by all order by 1 desc, 2 desc",
         "listed": _select(["rank", "front", "config_id", *metrics, "nan_count", "n_trials", "why"])
         + f" from {BOARD} order by rank",
-        "scatter": "select rank, config_id, front, coverage_mean, accepted_error_mean "
+        "scatter": "select rank, config_id, front, coverage_mean, accepted_error_mean, step_time_ms_mean "
         f"from {BOARD} order by rank",
         "targets": "select rank, config_id, target_coverage_mean, coverage_mean, coverage_min, coverage_max "
         f"from {BOARD} order by rank",

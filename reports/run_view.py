@@ -191,12 +191,12 @@ def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:
 
 
 def error_by_coverage(board: pa.Table | None) -> dict[str, Any] | None:
-    """Of each config the mean coverage and the mean error of its answers, with its front and its kind.
+    """Of each config mean coverage, mean error of its answers and step time (`size`), its front and its kind.
 
     Configs without both numbers are counted as `unplaced`; of very many the best ranked are taken. Those
     `beyond` a thousand times the median lie at `top` in the picture, so that the others can be told apart.
     """
-    return _points(board, "coverage", "accepted_error")
+    return _points(board, "coverage", "accepted_error", size="step_time_ms")
 
 
 def coverage_by_target(board: pa.Table | None) -> dict[str, Any] | None:
@@ -495,15 +495,17 @@ def said_value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else name_of(value)
 
 
-def _points(board: pa.Table | None, x: str, y: str, *, spread: bool = False) -> dict[str, Any] | None:
+def _points(
+    board: pa.Table | None, x: str, y: str, *, spread: bool = False, size: str = ""
+) -> dict[str, Any] | None:
     if board is None:
         return None
     lacking = [f"{name}_mean" for name in (x, y) if f"{name}_mean" not in board.column_names]
     if lacking:
-        why = f"there is no {lacking[0]}"
-        return {"points": [], "left_out": 0, "unplaced": len(board), "top": math.inf, "beyond": 0, "why": why}
+        nothing = {"points": [], "left_out": 0, "unplaced": len(board), "top": math.inf, "beyond": 0}
+        return {**nothing, "sizes": None, "why": f"there is no {lacking[0]}"}
     wanted = ["rank", "config_id", "feasible", "front", "n_trials", f"{x}_mean", f"{y}_mean"]
-    wanted += _present(board, "beats_abstaining", f"{y}_min", f"{y}_max")
+    wanted += _present(board, "beats_abstaining", f"{y}_min", f"{y}_max", *([f"{size}_mean"] if size else []))
     places = np.isfinite(_floats(board, f"{x}_mean")) & np.isfinite(_floats(board, f"{y}_mean"))
     placed = board.filter(pa.array(places))
     points = []
@@ -518,7 +520,10 @@ def _points(board: pa.Table | None, x: str, y: str, *, spread: bool = False) -> 
         }
         if spread:
             point |= {"low": number(entry.get(f"{y}_min")), "high": number(entry.get(f"{y}_max"))}
+        if size:
+            point["size"] = number(entry.get(f"{size}_mean"))
         points.append(point)
+    sizes = [point["size"] for point in points if math.isfinite(point.get("size", math.nan))]
     whole = _totals(board)["configs"]
     unplaced = int((~places).sum())
     heights = sorted(point["y"] for point in points)
@@ -530,6 +535,7 @@ def _points(board: pa.Table | None, x: str, y: str, *, spread: bool = False) -> 
         "unplaced": unplaced,
         "top": 1.5 * inside[-1] if len(inside) < len(heights) else math.inf,
         "beyond": len(heights) - len(inside),
+        "sizes": (min(sizes), max(sizes)) if sizes else None,
         "why": "" if points else f"no config has both {x} and {y}",
     }
 
@@ -616,7 +622,9 @@ def _sentence(said: Mapping[str, Any]) -> str:
     else:
         where = ""
         if best["rank_low"] is not None and best["rank_high"] is not None:
-            where = f", its rank between {best['rank_low']} and {best['rank_high']} when seeds are drawn anew"
+            low, high = best["rank_low"], best["rank_high"]
+            lies = f"nearly always {low}" if low == high else f"between {low} and {high}"
+            where = f", its rank {lies} when seeds are drawn anew"
             if best["p_best"] is not None:
                 where += f" and first in {100 * best['p_best']:.0f} % of the draws"
         parts.append(f"Ranked first is {best['config_id']}{where}.")

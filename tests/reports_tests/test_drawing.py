@@ -13,6 +13,7 @@ from reports.drawing import (
     BOTTOM,
     HEIGHT,
     LEFT,
+    MARK_SCALES,
     RIGHT,
     SCATTER_HEIGHT,
     SCATTER_WIDTH,
@@ -26,6 +27,7 @@ from reports.drawing import (
     draw_scatter,
     draw_strip,
     log_ticks,
+    mark_scales,
     nice_ticks,
     short,
 )
@@ -190,3 +192,25 @@ def test_ticks_of_a_logarithm_are_few_and_within(low, factor):
     assert len(ticks) <= 6
     assert ticks == sorted(ticks)
     assert all(low <= tick <= low * factor for tick in ticks)
+
+
+@given(st.lists(ANY, max_size=8))
+@example([5e-324, 1.7e308])
+def test_a_larger_number_makes_a_larger_mark(sizes):
+    """Within bounds for whatever there is; what is no positive number has the usual size."""
+    scales = mark_scales(sizes)
+    assert len(scales) == len(sizes)
+    assert all(MARK_SCALES[0] <= scale <= MARK_SCALES[1] for scale in scales)
+    positive = [
+        (size, scale)
+        for size, scale in zip(sizes, scales, strict=True)
+        if size is not None and math.isfinite(size) and size > 0
+    ]
+    assert [scale for _, scale in sorted(positive)] == sorted(scale for _, scale in positive)
+    assert len(positive) == len(sizes) or 1.0 in scales
+
+
+def test_a_point_is_drawn_in_the_size_of_its_third_number():
+    """The least and the largest take the ends of the range."""
+    points = [Point(x=0.1, y=1.0, text="", size=2.0), Point(x=0.2, y=1.0, text="", size=8.0)]
+    assert [dot.scale for dot in draw_scatter("t", points).dots] == list(MARK_SCALES)

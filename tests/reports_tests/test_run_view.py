@@ -142,6 +142,13 @@ def test_points_are_means_with_their_kind(parts: RunParts):
     first = figure["points"][0]
     assert (first["config_id"], first["kind"], first["rank"]) == ("c00", 0, 1)
     assert first["y"] == pytest.approx(1.05)
+    assert parts.leaderboard is not None
+    times = {entry["config_id"]: entry["step_time_ms_mean"] for entry in parts.leaderboard.to_pylist()}
+    assert all(point["size"] == times[point["config_id"]] for point in figure["points"])
+    assert figure["sizes"] == (
+        min(point["size"] for point in figure["points"]),
+        max(point["size"] for point in figure["points"]),
+    )
     assert {point["kind"] for point in figure["points"]} == {0, 1, 2, 3}
     rows = [{**row, "accepted_error": 1e60} if row["config_id"] == "c03" else row for row in made_rows()]
     far = error_by_coverage(board_of(rows))
@@ -289,7 +296,7 @@ def test_the_sql_of_each_figure_finds_its_numbers(
         entry["config_id"] for entry in view["listed"]["entries"]
     ]
     places = {row[1]: row[3:] for row in ask["scatter"]}
-    assert all(places[p["config_id"]] == (p["x"], p["y"]) for p in view["scatter"]["points"])
+    assert all(places[p["config_id"]] == (p["x"], p["y"], p["size"]) for p in view["scatter"]["points"])
     reached = {row[1]: row[2:] for row in ask["targets"]}
     assert all(
         reached[p["config_id"]] == (p["x"], p["y"], p["low"], p["high"]) for p in view["targets"]["points"]
