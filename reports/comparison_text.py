@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from reports.changes import Change
 from reports.comparison import Comparison, ConfigPair, Difference, RunFacts, difference_text
-from reports.gate_outputs import escape_markdown, plain
+from reports.escaping import escape_markdown
+from reports.gate_outputs import plain
 from reports.text import WIDTH, format_number
 
 MOST_CHARACTERS = 160  # of a value of a plan; JSON has all of it

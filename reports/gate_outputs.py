@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
+
+from reports.escaping import escape_markdown
 
 View = Mapping[str, Any]
 
@@ -85,16 +86,6 @@ def render_markdown(view: View) -> str:
         held.append(row)
     text = "\n".join([*head, *held, *tail]) + "\n"
     return text.encode()[:MOST_SUMMARY_BYTES].decode(errors="ignore")
-
-
-def escape_markdown(text: str) -> str:
-    """The text on one line, as Markdown that shows it and does nothing else: no markup, link or mention."""
-    escaped = plain(text)
-    for letter, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        escaped = escaped.replace(letter, instead)
-    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", escaped)
-    # A mention or a reference to an issue would reach people; a link would be made of an address.
-    return escaped.replace("@", "@\u200b").replace("://", ":\u200b//")
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,12 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from reports.drawing import short
+from reports.visible import visible
 
 Rows = Sequence[Mapping[str, Any]]
 
 STYLE_FILE = "page.css"
 _TEMPLATES = Path(__file__).with_name("templates")
-# Characters that are not seen and change what is: of direction, without width, of control.
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
-)
 
 
 def render_template(
@@ -137,17 +133,6 @@ def read_mapping_part(path: Path) -> tuple[Mapping[str, Any] | None, str]:
     except (ValueError, OSError, RecursionError) as error:
         return None, f"{path.name} cannot be read as JSON: {' '.join(str(error).split())}"
     return (said, "") if isinstance(said, dict) else (None, f"{path.name} holds no mapping")
-
-
-def visible(value: Any) -> Any:
-    """A text with what is not seen in it spelled out, so that no name can turn the text around it.
-
-    >>> visible("a\\u202eb"), visible("a b"), visible(3)
-    ('a\\\\u202eb', 'a b', 3)
-    """
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found.group()):04x}", value)
 
 
 def shade(share: float | None) -> int:

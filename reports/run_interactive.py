@@ -18,9 +18,10 @@ from typing import Any
 from markupsafe import Markup
 
 from reports.drawing import short
-from reports.pages import is_known, render_template, visible
+from reports.pages import is_known, render_template
 from reports.run_page import RunFolder, page_values
 from reports.run_view import KINDS, run_view
+from reports.visible import visible
 
 SCRIPT_FILE = Path(__file__).with_name("templates") / "interactive.js"
 # plotly makes style elements without text and fills them rule by rule, which a policy lets pass that knows

@@ -7,18 +7,15 @@ element and no cell of its own.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from reports.drawing import short
-from reports.pages import visible
+from reports.escaping import escape_markdown
 from reports.run_page import RunFolder
 from reports.run_view import leaderboard_entries, verdict
 
 MOST_IN_TABLE = 10
-# What Markdown, or GitHub's kind of it, reads: markup, elements, mentions, issue numbers, bare addresses.
-_SPECIAL = re.compile(r"[\\`*_{}\[\]()<>#!|~&@$^]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 
 
 def render_markdown(run: RunFolder) -> str:
@@ -34,17 +31,6 @@ def render_markdown(run: RunFolder) -> str:
     if warnings:
         lines += ["**Careful:**", "", *(f"- {escape_markdown(warning)}" for warning in warnings), ""]
     return "\n".join(lines)
-
-
-def escape_markdown(value: str) -> str:
-    """A text as one line that Markdown shows as it is.
-
-    >>> escape_markdown("a|b <i>@you</i> 1.5")
-    'a&#124;b &#60;i&#62;&#64;you&#60;/i&#62; 1.5'
-    """
-    # Numbers of characters, since a backslash escapes neither a mention nor a bare address.
-    line = " ".join(str(visible(value)).split())
-    return _SPECIAL.sub(lambda found: f"&#{ord(found.group())};", line)
 
 
 def _table(listed: Mapping[str, Any]) -> list[str]:

@@ -16,11 +16,11 @@ import pytest
 from made_runs import made_history, made_row, made_rows, made_run
 
 from reports.fragments import RunReadError
-from reports.pages import visible
 from reports.run_interactive import PlotlyMissingError, inert_json, interactive_figures, render_interactive
 from reports.run_markdown import render_markdown
 from reports.run_page import read_run, render_run
 from reports.run_view import run_view
+from reports.visible import visible
 
 HOSTILE = (
     "</script></style></svg></title><script>document.title='PWNED'</script>"
