@@ -269,6 +269,8 @@ def terminate_as_interrupt() -> Iterator[None]:
         last_resort = threading.Timer(TERMINATION_S, os._exit, (EXIT_INTERRUPTED,))
         last_resort.daemon = True
         last_resort.start()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is in its background
+            raise KeyboardInterrupt
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, terminate)

@@ -198,8 +198,18 @@ def test_steps_are_timed_back_to_back(place: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
-def test_a_signal_ends_a_gate_with_its_rows_kept(number: signal.Signals, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "interrupts"),
+    [
+        (signal.SIGINT, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_IGN),
+    ],
+    ids=["Ctrl-C", "kill", "kill in the background of a shell"],
+)
+def test_a_signal_ends_a_gate_with_its_rows_kept(
+    number: signal.Signals, interrupts: signal.Handlers, place: Path
+) -> None:
     """Exit code 130, what to type to go on, and no worker left behind."""
     (place / "suite.yaml").write_text(SUITE.replace("max_epochs: 2", "max_epochs: 40"), encoding="utf-8")
     process = subprocess.Popen(
@@ -210,6 +220,7 @@ def test_a_signal_ends_a_gate_with_its_rows_kept(number: signal.Signals, place: 
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=place,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
     )
     deadline = time.monotonic() + 90
     while not any((place / "runs" / "gate" / "mine").glob("*/rows/*.parquet")):
