@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from reports.aggregate import Floats
 from reports.changes import ABSENT, Change, find_changes
 from reports.evidence import LEVEL, paired_difference
+from reports.hypervolume import bounds_of, run_hypervolume
 from reports.ranking import RANKED_BY_KEY
 from reports.schema import CONFIG_PREFIX, METRIC_COLUMNS, METRIC_PREFIXES, OUTCOME_COLUMNS, TRIAL_STATUSES
 from reports.text import SURE_FROM
@@ -154,6 +155,8 @@ class Comparison:
 
     matched_by: "config_id", "settings_id" or "knobs". same_data: whether the data of every common seed are
     equal, None where the rows do not say. tau: Kendall's, of the order of the common configs; NaN below two.
+    hypervolume_a, hypervolume_b: of all feasible configs of each run, between the best and the worst of both;
+    NaN where a run has none.
     identical: pairs whose trials say the same of everything but times. only_a, only_b: configs of one run,
     best first. ambiguous: configs whose knobs are those of another of their run, as far as both runs know
     them; they are not paired. went_wrong, came_right: trials that ended well in A alone, in B alone.
@@ -185,6 +188,8 @@ class Comparison:
     came_right: int
     ranked_by: tuple[str, ...]
     tau: float
+    hypervolume_a: float
+    hypervolume_b: float
     top: int
     top_shared: int
     configs: tuple[ConfigPair, ...]
@@ -212,6 +217,7 @@ def compare_runs(a: ComparedRun, b: ComparedRun, *, level: float = LEVEL, top: i
     ranks_a, ranks_b = _ranks(a.leaderboard), _ranks(b.leaderboard)
     common_a, common_b = {one for one, _ in matched.pairs}, {other for _, other in matched.pairs}
     leaders = [_leaders(run.leaderboard, top) for run in (a, b)]
+    volumes = _hypervolumes(a.leaderboard, b.leaderboard)
     plan_known = a.plan is not None and b.plan is not None
     told = [_provenance(run) for run in (a, b)]
     comparison = Comparison(
@@ -238,6 +244,8 @@ def compare_runs(a: ComparedRun, b: ComparedRun, *, level: float = LEVEL, top: i
         came_right=sum(one.trials for one in statuses if one.a not in ENDED_WELL and one.b in ENDED_WELL),
         ranked_by=_ranked_by(a.leaderboard),
         tau=_tau([(ranks_a[one][0], ranks_b[other][0]) for one, other in matched.pairs]),
+        hypervolume_a=volumes[0],
+        hypervolume_b=volumes[1],
         top=top,
         top_shared=sum(one in leaders[0] and other in leaders[1] for one, other in matched.pairs),
         configs=_config_pairs(a, b, matched.pairs, pairs, (ranks_a, ranks_b), level),
@@ -248,6 +256,15 @@ def compare_runs(a: ComparedRun, b: ComparedRun, *, level: float = LEVEL, top: i
         level=level,
     )
     return replace(comparison, summary=_summary(comparison), cautions=_cautions(comparison))
+
+
+def _hypervolumes(a: pa.Table, b: pa.Table) -> tuple[float, float]:
+    """The hypervolume of both runs within the bounds of both."""
+    try:
+        bounds = bounds_of(a, b)
+        return run_hypervolume(a, bounds=bounds).share, run_hypervolume(b, bounds=bounds).share
+    except ValueError:  # no config with finite objectives, or other objectives
+        return math.nan, math.nan
 
 
 def comparison_values(comparison: Comparison) -> dict[str, Any]:

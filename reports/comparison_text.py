@@ -159,6 +159,11 @@ def _ranks(told: Comparison, top: int | None) -> Section:
         f"{by}; Kendall's tau of the {told.common} common configs: {_number(told.tau)} (1 is the same order, "
         f"0 none, -1 the opposite); of the {told.top} best configs of each run {told.top_shared} are the same"
     ]
+    if not math.isnan(told.hypervolume_a):
+        notes.append(
+            "hypervolume over these objectives, within the best and the worst of both runs: "
+            f"{told.hypervolume_a:.3f} in A, {told.hypervolume_b:.3f} in B (1 is all of it)"
+        )
     shown = told.configs if top is None else told.configs[:top]
     metrics = [one.metric for one in told.differences if one.pairs]
     head = ("config", "rank A", "rank B", "seeds", *metrics)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reports.hypervolume import run_hypervolume
 from reports.metrics import ROBUSTNESS
 from reports.ranking import RANKED_BY_KEY
 from reports.robustness_view import answer, matrix, number, ordered_configs, text
@@ -130,9 +131,18 @@ def verdict(board: pa.Table | None, rows: pa.Table | None = None) -> dict[str, A
             "charged_error": number(best.get("charged_error_mean")),
             "trivial_error": number(best.get("trivial_error_mean")),
         }
+    result["hypervolume"] = _hypervolume(board)
     result["sentence"] = _sentence(result)
     result["warnings"] = _warnings(result, board, rows)
     return result
+
+
+def _hypervolume(board: pa.Table) -> float | None:
+    """The share of the objectives' space that the run's configs dominate; None where nothing can be said."""
+    try:
+        return run_hypervolume(board).share
+    except ValueError:  # no config has finite objectives, or a leaderboard of another age
+        return None
 
 
 def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:

@@ -75,6 +75,7 @@ def test_a_run_does_not_differ_from_itself():
     run = run_of(rows_of(), plan={"seeds": [0]}, provenance={"run_id": "x"})
     told = compare_runs(run, run)
     assert (told.common, told.pairs, told.identical, told.tau) == (3, 18, 18, 1.0)
+    assert told.hypervolume_a == told.hypervolume_b > 0
     assert told.summary.startswith("No difference: 3 common configs, 18 pairs of trials")
     assert [*told.only_a, *told.only_b, *told.status_changes, *told.plan_changes] == []
     assert all((one.value, one.verdict) == (1.0 if one.ratio else 0.0, "") for one in told.differences)

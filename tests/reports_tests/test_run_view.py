@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from made_runs import made_history, made_rows, made_run
 
+from reports.hypervolume import run_hypervolume
 from reports.ranking import RankingOptions, rank
 from reports.run_page import read_run
 from reports.run_queries import queries
@@ -71,6 +72,17 @@ def test_the_verdict_counts_and_names(parts: RunParts):
     assert "Ranked first is c00" in said["sentence"]
     assert "3 configs are ruled out: non-finite values (1), " in said["sentence"]
     assert any("2 seeds per config" in warning for warning in said["warnings"])
+
+
+def test_the_verdict_says_how_much_of_the_objectives_the_run_covers(parts: RunParts):
+    """None where no config has them all."""
+    board = parts.leaderboard
+    said = verdict(board)
+    assert said["hypervolume"] == run_hypervolume(board).share
+    nobody = board.set_column(
+        board.column_names.index("feasible"), "feasible", pa.array([False] * len(board))
+    )
+    assert verdict(nobody)["hypervolume"] is None
 
 
 def test_the_verdict_says_how_sure_the_first_rank_is(parts: RunParts):
