@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from scm.data import Split
@@ -57,7 +57,7 @@ def raw_scores(task: Task, split: Split, configs: Sequence[TrialConfig], decoded
 
     `decoded` has the models before the rows. What the task raises for one of them is its entry.
     """
-    together = getattr(task, "pack_metrics", None)
+    together = _pack_metrics(task)
     if together is not None:
         try:
             many = list(together(decoded, split, configs))
@@ -73,3 +73,24 @@ def raw_scores(task: Task, split: Split, configs: Sequence[TrialConfig], decoded
         except (Exception, SystemExit) as error:  # what a task raises is the outcome of that trial
             found.append(error)
     return found
+
+
+def _pack_metrics(task: Task) -> Callable[..., Sequence[object]] | None:
+    """The task's `pack_metrics`; None where it has none, or one that knows nothing of its `metrics`.
+
+    Who takes a task and gives it other metrics, in a subclass, on the object or around it, has not said how
+    many models are scored by those.
+    """
+    if _depth(task, "metrics") < _depth(task, "pack_metrics"):
+        return None
+    return getattr(task, "pack_metrics", None)
+
+
+def _depth(task: Task, name: str) -> int:
+    """How far a method is from the object: 0 on it, 1 in its class, and so on, farthest in another object."""
+    if name in getattr(task, "__dict__", {}):
+        return 0
+    for depth, kind in enumerate(type(task).__mro__, start=1):
+        if name in vars(kind):
+            return depth
+    return len(type(task).__mro__) + 1
