@@ -63,6 +63,7 @@ bench-quick: setup
 	$(BIN)/python benchmarks/peer_counterexamples.py --quick
 	$(BIN)/python benchmarks/ranking_scale.py --quick
 	$(BIN)/python benchmarks/defaults_regret.py --quick
+	$(BIN)/python benchmarks/gate_calibration.py --quick
 
 mutation: setup
 	$(BIN)/python benchmarks/mutation.py --quick

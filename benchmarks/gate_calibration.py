@@ -33,8 +33,10 @@ GATES, QUICK_GATES = 2000, 300
 RULES = GateRules(
     metrics=(
         MetricRule(metric="coverage", compare="difference", worse="lower", margin=0.01, tail_guard=True),
-        MetricRule(metric="accepted_error", compare="log_ratio", worse="higher", margin=0.2),
-        MetricRule(metric=STEP_TIME, compare="log_ratio", worse="higher", margin=0.05, floor=math.log(1.01)),
+        MetricRule(metric="accepted_error", compare="log_ratio", worse="higher", margin=math.log(1.2)),
+        MetricRule(
+            metric=STEP_TIME, compare="log_ratio", worse="higher", margin=math.log(1.05), floor=math.log(1.01)
+        ),
     )
 )
 COVERAGE_LOST = 0.02
@@ -60,14 +62,14 @@ class Played:
         return self.counts.get(verdict, 0) / self.gates
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How often the gate cries wolf, and how often it sleeps.")
     parser.add_argument("--quick", action="store_true", help="few gates, for a first look")
     parser.add_argument("--record", action="store_true", help="record the noise of this machine anew, first")
     parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the figures as JSON")
     parser.add_argument("--markdown", type=file_to_write, metavar="PATH", help="write the tables into a page")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     begun = time.perf_counter()
     if options.record:
         record()

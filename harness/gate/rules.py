@@ -49,10 +49,17 @@ class MetricRule:
             )
 
 
+FIVE_PERCENT = math.log(1.05)
 DEFAULT_RULES = (
     MetricRule(metric="coverage", compare="difference", worse="lower", margin=0.01, tail_guard=True),
-    MetricRule(metric="accepted_error", compare="log_ratio", worse="higher", margin=0.05),
-    MetricRule(metric="step_time_ms", compare="log_ratio", worse="higher", margin=0.05, floor=math.log(1.01)),
+    MetricRule(metric="accepted_error", compare="log_ratio", worse="higher", margin=FIVE_PERCENT),
+    MetricRule(
+        metric="step_time_ms",
+        compare="log_ratio",
+        worse="higher",
+        margin=FIVE_PERCENT,
+        floor=math.log(1.01),
+    ),
 )
 
 

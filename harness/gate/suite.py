@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -56,7 +57,10 @@ class ScenarioSection(Section):
 
 
 class MetricSection(Section):
-    """How much worse a metric may become: `margin` is what must be excluded, `floor` what is never harm."""
+    """How much worse a metric may become: `margin` is what must be excluded, `floor` what is never harm.
+
+    In the metric's unit where it is compared by difference, else as a share: 0.05 is five per cent.
+    """
 
     margin: Annotated[float, Field(gt=0)] | None = None
     floor: Annotated[float, Field(ge=0)] | None = None
@@ -267,7 +271,7 @@ def make_rule(
     given = {} if section is None else section.model_dump(exclude_none=True)
     if usual is not None:
         try:
-            return replace(usual, **given)
+            return replace(usual, **as_harm(given, given.get("compare", usual.compare)))
         except ValueError as error:
             lines.append(f"{document.place(at)}: {one_line(error)}")
             return None
@@ -295,10 +299,16 @@ def make_rule(
         )
         return None
     try:
-        return MetricRule(metric=name, **given)
+        return MetricRule(metric=name, **as_harm(given, given["compare"]))
     except ValueError as error:
         lines.append(f"{document.place(at)}: {one_line(error)}")
         return None
+
+
+def as_harm(given: Mapping[str, Any], compare: str) -> dict[str, Any]:
+    """What a suite says of a metric, its margin and floor as harm: of a ratio, 0.05 is five per cent more."""
+    shares = {name: math.log1p(given[name]) for name in ("margin", "floor") if name in given}
+    return {**given, **(shares if compare == "log_ratio" else {})}
 
 
 def metric_problem(name: str) -> str:

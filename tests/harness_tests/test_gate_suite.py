@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -151,6 +152,15 @@ def test_a_suite_says_little_and_means_the_defaults(tmp_path: Path) -> None:
     assert (rule.metric, rule.margin, rule.worse) == ("coverage", 0.03, "lower")
     assert suite.seeds == (100, 101, 102, 103)
     assert not suite.times_steps
+
+
+def test_a_margin_of_a_ratio_is_a_share(tmp_path: Path) -> None:
+    """0.1 is ten per cent, as the table shows it; margins of differences are in the metric's unit."""
+    text = ONE + "metrics: {coverage: {margin: 0.1}, val_loss: {margin: 0.1}, step_time_ms: {floor: 0.02}}\n"
+    rules = {rule.metric: rule for rule in load_suite(written(tmp_path, text)).rules.metrics}
+    assert rules["coverage"].margin == 0.1
+    assert rules["val_loss"].margin == math.log1p(0.1)
+    assert (rules["step_time_ms"].margin, rules["step_time_ms"].floor) == (math.log(1.05), math.log1p(0.02))
 
 
 def test_a_metric_beyond_the_usual_ones_takes_its_direction_from_the_ranking(tmp_path: Path) -> None:

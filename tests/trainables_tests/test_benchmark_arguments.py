@@ -24,6 +24,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
     "step_time": [NUMBERED, NOT_HERE, *absent("--json")],
     "peer_domains": [*WORKERS, *absent("--json")],
     "peer_counterexamples": [*absent("--json", "--markdown")],
+    "gate_calibration": [*absent("--json", "--markdown")],
     "coverage_control": [*WORKERS, *absent("--json")],
     "failure_modes": [
         NUMBERED,
