@@ -16,13 +16,14 @@ import torch
 
 from scm.data import Split
 from scm.trial import Decoded
-from trainables.scoring import raw_scores
+from trainables.scoring import raw_scores, scores_together
 
 if TYPE_CHECKING:
     from scm.trial_config import TrialConfig
     from trainables.tasks.protocol import Task
 
 LEVELS = 12
+FEW_LEVELS = 5  # where each point is a call of the task's metrics, at the end of every trial
 CURVE_KEYS = ("curve_coverage", "curve_error", "curve_area")
 _MOST_KEPT = 0.95  # the last point keeps a twentieth of the answers; of fewer, an error says little
 _ELEMENTS = 2_000_000  # that are scored at once
@@ -49,13 +50,21 @@ def curve_columns(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def risk_points(
-    task: Task, split: Split, configs: Sequence[TrialConfig], decoded: Decoded, *, levels: int = LEVELS
+    task: Task,
+    split: Split,
+    configs: Sequence[TrialConfig],
+    decoded: Decoded,
+    *,
+    levels: int | None = None,
 ) -> list[list[Point]]:
     """(coverage, accepted_error) of each of many models at `levels` thresholds on its own |Q|.
 
-    decoded: their answers on the split at `smallest_tau`, the models before the rows. A model whose answers
-    the task cannot score has no points.
+    Without `levels` there are `LEVELS` of them where the task scores many models in one call, else
+    `FEW_LEVELS`. decoded: their answers on the split at `smallest_tau`, the models before the rows. A model
+    whose answers the task cannot score has no points.
     """
+    if levels is None:
+        levels = LEVELS if scores_together(task) else FEW_LEVELS
     taus = _taus(decoded, levels)
     pairs = [(model, tau) for model, own in enumerate(taus) for tau in own]
     found: list[list[Point]] = [[] for _ in configs]

@@ -75,6 +75,11 @@ def raw_scores(task: Task, split: Split, configs: Sequence[TrialConfig], decoded
     return found
 
 
+def scores_together(task: Task) -> bool:
+    """Whether many models are scored in one call; each costs one otherwise."""
+    return _pack_metrics(task) is not None
+
+
 def _pack_metrics(task: Task) -> Callable[..., Sequence[object]] | None:
     """The task's `pack_metrics`; None where it has none, or one that knows nothing of its `metrics`.
 

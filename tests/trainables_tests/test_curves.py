@@ -17,6 +17,7 @@ from scm.trial import Decoded
 from scm.trial_config import TrialConfig
 from trainables.curves import (
     CURVE_KEYS,
+    FEW_LEVELS,
     LEVELS,
     curve_area,
     curve_columns,
@@ -90,6 +91,15 @@ def test_scoring_many_at_once_changes_nothing(rows):
     together, alone = points_of(answers(errors, q)), points_of(answers(errors, q), together=False)
     assert [share for share, _ in together] == [share for share, _ in alone]
     assert [error for _, error in together] == pytest.approx([error for _, error in alone], nan_ok=True)
+
+
+def test_a_task_that_scores_one_by_one_is_asked_a_few_times():
+    """Its metrics may be slow, and every trial ends with a curve."""
+    q = np.linspace(0.1, 2.0, 100)
+    asked = Known(together=False)
+    found = risk_points(asked, split_of(100), [CONFIG], answers(2.0 - q, q))[0]
+    assert len(found) == FEW_LEVELS
+    assert (found[0][0], found[-1][0]) == (1.0, pytest.approx(0.06))
 
 
 @given(ROWS, st.randoms(use_true_random=False))
@@ -188,4 +198,4 @@ def test_answers_of_any_shape_over_one_denominator_have_a_curve(shape):
     values = torch.ones(1, 20, *shape, dtype=torch.float64)
     none = torch.zeros(1, 20, dtype=torch.bool)
     (points,) = risk_points(Shaped(False), split_of(20), [CONFIG], Decoded(values, none, none, q, values))
-    assert [error for _, error in points] == [1.0] * LEVELS
+    assert [error for _, error in points] == [1.0] * FEW_LEVELS
