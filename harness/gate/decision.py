@@ -143,7 +143,8 @@ class NanCell:
 class GateDecision:
     """What a gate came to.
 
-    warnings: what decides nothing and should be read. missing: what should be there and is not; with any of
+    warnings: what decides nothing and should be read: timings of another sitting, and metrics that pass
+    though the candidate has no finite value in a seed. missing: what should be there and is not; with any of
     it the verdict is never PASS. rebase: metrics whose baseline is out of date for the better. look: seeds
     that were decided on; seeds_next: how many to look at next, None where more of them would not help.
     """
@@ -190,7 +191,9 @@ def decide(pairs: Sequence[Pairs], nans: Sequence[NanCount], rules: GateRules, *
         cells=tuple(cells),
         nan_cells=tuple(nan_cells),
         warnings=tuple(
-            f"{cell.scenario}: {cell.metric} {cell.why}" for cell in cells if cell.verdict == WARN
+            f"{cell.scenario}: {cell.metric} {cell.why}"
+            for cell, item in zip(cells, pairs, strict=True)
+            if cell.verdict == WARN or (cell.verdict == PASS and lost_seeds(item))
         ),
         missing=missing,
         rebase=tuple(f"{cell.scenario}: {cell.metric}" for cell in cells if cell.rebase),
@@ -222,6 +225,14 @@ def harms(pairs: Pairs, rule: MetricRule) -> Floats:
     worst = max(_WORST * rule.margin, 2.0 * float(np.abs(finite).max(initial=0.0)))
     found = np.where(np.isfinite(base) & ~np.isfinite(candidate), worst, found)
     return np.where(~np.isfinite(base) & np.isfinite(candidate), -worst, found)
+
+
+def lost_seeds(pairs: Pairs) -> int:
+    """The seeds in which the baseline has a finite value and the candidate has none."""
+    return sum(
+        math.isfinite(base) and not math.isfinite(candidate)
+        for base, candidate in zip(pairs.base, pairs.candidate, strict=True)
+    )
 
 
 def margin_of(pairs: Pairs, rule: MetricRule) -> float:
@@ -312,6 +323,8 @@ class _Tested:
     def cell(self, rules: GateRules, significant: bool) -> Cell:
         """The verdict, given whether Holm's rule calls the harm significant."""
         verdict, why = self._verdict(significant)
+        if lost := lost_seeds(self.pairs):
+            why = f"{why}; {lost} of {len(self.pairs.seeds)} seeds have no finite value any more"
         n = len(self.pairs.seeds)
         low, high = self.mean - self.reach, self.mean + self.reach
         enough = n >= LEAST_SEEDS and not self.pairs.stored
@@ -373,12 +386,7 @@ class _Tested:
         return self.decides and significant and self.mean > self.rule.floor
 
     def _said(self, what: str) -> str:
-        lost = sum(
-            math.isfinite(one) and not math.isfinite(two)
-            for one, two in zip(self.pairs.base, self.pairs.candidate, strict=True)
-        )
-        more = f"; {lost} seeds have no finite value any more" if lost else ""
-        return f"surely {what} (p = {self.chance:.2g}){more}"
+        return f"surely {what} (p = {self.chance:.2g})"
 
 
 def _same(one: float, two: float) -> bool:

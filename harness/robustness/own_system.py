@@ -1,4 +1,4 @@
-"""This project's own system as a subject: its trainings, its files, its plans and its ranking, by attribute.
+"""This project's own system as a subject: its trainings, files, plans, ranking and gate, by attribute.
 
 What must hold of them is decided in `system_laws` and `machines`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.errors import UserError
+from harness.gate.decision import NanCount, Pairs, decide
+from harness.gate.rules import GateRules
 from harness.plan import load_plan, plan_text
 from reports.fragments import FragmentWriter, RunReadError, read_fragment, write_table_atomically
 from reports.ranking import RankingOptions, rank
@@ -30,7 +33,7 @@ def own_system(**instead: Any) -> SimpleNamespace:
     Trainings: see `trainables.system_subject`. write_table, read_table (rows of a fragment), read_where (the
     column "n" of a folder's rows that a filter keeps), read_refusal (what reading may raise); open_store,
     read_store ((key, value) pairs); parse_plan, dump_plan, plan_refusal, resolve_flat; rank (rows as
-    mappings, options -> entries, best first).
+    mappings, options -> entries, best first); decide (pairs and counts as mappings, seeds -> mapping).
     """
     attributes: dict[str, Any] = {
         "make_controller": system_subject.make_controller,
@@ -55,6 +58,7 @@ def own_system(**instead: Any) -> SimpleNamespace:
         "plan_refusal": UserError,
         "resolve_flat": resolve_config,
         "rank": rank_rows,
+        "decide": decide_pairs,
     }
     return SimpleNamespace(**{**attributes, **instead})
 
@@ -127,3 +131,15 @@ def rank_rows(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> 
         pa.Table.from_pylist(list(rows), schema=schema), RankingOptions(**options)
     ).to_pylist()
     return entries
+
+
+def decide_pairs(
+    pairs: Sequence[Mapping[str, Any]], counts: Sequence[Mapping[str, Any]], look: int
+) -> dict[str, Any]:
+    """The gate's decision on pairs and counts as mappings, by its default rules, as a mapping."""
+    held = [
+        Pairs(**{**pair, **{name: tuple(pair[name]) for name in ("seeds", "base", "candidate")}})
+        for pair in pairs
+    ]
+    decision = decide(held, [NanCount(**count) for count in counts], GateRules(), look=look)
+    return asdict(decision)

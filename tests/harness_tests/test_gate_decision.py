@@ -181,11 +181,24 @@ def test_an_answer_that_is_gone_is_the_worst_harm():
     gone = np.where(np.arange(20) < 16, NAN, base)
     held = decide([pairs(base, gone, metric="accepted_error")], [], RULES, look=20)
     assert held.verdict == FAIL
-    assert "16 seeds have no finite value any more" in held.cells[0].why
+    assert "16 of 20 seeds have no finite value any more" in held.cells[0].why
     assert verdict(pairs(gone, base, metric="accepted_error")) == PASS
     one_gone = np.where(np.arange(20) < 1, NAN, base)
     assert verdict(pairs(base, one_gone, metric="accepted_error")) == INCONCLUSIVE
     assert verdict(pairs(gone, gone, metric="accepted_error")) == PASS
+
+
+def test_an_answer_that_is_gone_is_told_whatever_the_verdict():
+    """One of 60 may pass by the mean; it is not passed over."""
+    base = np.linspace(1.0, 1.1, 60)
+    held = decide(
+        [pairs(base, np.where(np.arange(60) < 1, NAN, base), metric="accepted_error")], [], RULES, look=60
+    )
+    assert held.verdict == PASS
+    assert held.warnings == (f"a: accepted_error {held.cells[0].why}",)
+    assert held.cells[0].why.endswith("1 of 60 seeds have no finite value any more")
+    few = decide([pairs([1.0] * 3, [1.0, 1.0, NAN], metric="accepted_error")], [], RULES, look=3)
+    assert "1 of 3 seeds have no finite value any more" in few.cells[0].why
 
 
 @pytest.mark.parametrize("compare", ["difference", "log_ratio"])

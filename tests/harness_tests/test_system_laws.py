@@ -298,6 +298,65 @@ def rank_from_the_last(rows: Any, options: Any) -> Any:
     ]
 
 
+def decide_without_the_last(pairs: Any, counts: Any, look: int) -> Any:
+    """Is one off in counting the seeds."""
+    cut = [
+        {
+            **pair,
+            **{name: pair[name][:-1] for name in ("seeds", "base", "candidate")},
+            "planned": pair["planned"] - 1,
+        }
+        for pair in pairs
+    ]
+    return OWN.decide(cut, counts, look - 1)
+
+
+def decide_on_what_is_finite(pairs: Any, counts: Any, look: int) -> Any:
+    """Leaves out, unsaid, the seeds in which an arm has no value."""
+    known = [
+        [place for place, value in enumerate(pair["candidate"]) if math.isfinite(value)] for pair in pairs
+    ]
+    left = [
+        {
+            **pair,
+            **{name: [pair[name][place] for place in places] for name in ("seeds", "base", "candidate")},
+            "planned": len(places),
+        }
+        for pair, places in zip(pairs, known, strict=True)
+        if places
+    ]
+    return OWN.decide(left, counts, look) if left else {"verdict": "PASS", "cells": []}
+
+
+def decide_on_what_is_there(pairs: Any, counts: Any, look: int) -> Any:
+    """Takes the seeds that came for those that were planned."""
+    return OWN.decide([{**pair, "planned": len(pair["seeds"])} for pair in pairs], counts, look)
+
+
+def decide_by_the_most(pairs: Any, counts: Any, look: int) -> Any:
+    """Passes where most scenarios do."""
+    found = OWN.decide(pairs, counts, look)
+    passed = sum(cell["verdict"] == "PASS" for cell in found["cells"])
+    return {**found, "verdict": "PASS" if 2 * passed > len(found["cells"]) else found["verdict"]}
+
+
+def decide_without_equality(pairs: Any, counts: Any, look: int) -> Any:
+    """Takes arms that agree for arms of which nothing is known."""
+    found = OWN.decide(pairs, counts, look)
+    return {**found, "verdict": "INCONCLUSIVE" if found["cells"][0]["exact"] else found["verdict"]}
+
+
+def decide_on_any_change(pairs: Any, counts: Any, look: int) -> Any:
+    """Says no to what is surely better as well."""
+    turned = [{**pair, "base": pair["candidate"], "candidate": pair["base"]} for pair in pairs]
+    one, other = (OWN.decide(some, counts, look) for some in (pairs, turned))
+    cells = [
+        {**cell, "verdict": "FAIL" if "FAIL" in (cell["verdict"], back["verdict"]) else cell["verdict"]}
+        for cell, back in zip(one["cells"], other["cells"], strict=True)
+    ]
+    return {**one, "cells": cells}
+
+
 # The law, the defect, and whether a case is as small as one that shows it can be.
 Small = Callable[[Mapping[str, Any]], bool]
 PLANTED: dict[str, tuple[str, dict[str, Any], Small]] = {
@@ -401,6 +460,36 @@ PLANTED: dict[str, tuple[str, dict[str, Any], Small]] = {
         "worse_config_changes_nothing",
         {"rank": rank_from_the_last},
         lambda c: len(c["run"]) == 1,
+    ),
+    "all but the last": (
+        "gate_knows_no_order",
+        {"decide": decide_without_the_last},
+        lambda c: len(c["scenarios"]) == 1,
+    ),
+    "no value left out": (
+        "gate_gains_nothing_by_harm",
+        {"decide": decide_on_what_is_finite},
+        lambda c: len(c["scenarios"]) == 1 and c["harm"] == "has no value",
+    ),
+    "gaps not counted": (
+        "gate_passes_nothing_missing",
+        {"decide": decide_on_what_is_there},
+        lambda c: len(c["lost"]) == 1,
+    ),
+    "most of them": (
+        "gate_passes_each_alone",
+        {"decide": decide_by_the_most},
+        lambda c: len(c["scenarios"]) == 3,
+    ),
+    "equal is unknown": (
+        "gate_passes_the_same_code",
+        {"decide": decide_without_equality},
+        lambda c: len(c["scenarios"]) == 1,
+    ),
+    "any change": (
+        "gate_fails_one_way",
+        {"decide": decide_on_any_change},
+        lambda c: len(c["scenarios"]) == 1,
     ),
 }
 
