@@ -75,7 +75,7 @@ class GateRules:
     """
 
     metrics: tuple[MetricRule, ...] = DEFAULT_RULES
-    alpha: float = 0.01
+    alpha: float = 0.005
     alpha_pass: float = 0.05
     looks: tuple[int, ...] = (5, 10, 20)
     nan_allowance: int = 0

@@ -40,8 +40,8 @@ def test_without_noise_no_change_passes_and_every_harm_fails(calibration: Module
     """At the first look, and a harm of the size of a margin as well."""
     played = calibration.play_all(quiet(calibration), 4)
     for one in played:
-        assert one.counts == {PASS if one.question == "no change" else FAIL: 4}
-        assert one.seeds == 4 * calibration.RULES.looks[0]
+        assert one.counts == {PASS if one.question.startswith("no change") else FAIL: one.gates}
+        assert one.seeds == one.gates * calibration.RULES.looks[0]
     assert all(met for met, _ in calibration.check_targets(played))
 
 
@@ -49,7 +49,11 @@ def test_noise_as_large_as_the_margins_misses_a_target(calibration: ModuleType) 
     """What is as loud as twice its margin hides a harm of that size."""
     played = calibration.play_all(quiet(calibration, 2.0), 4)
     met = dict(
-        zip(["quiet", "lost", "slow", "metric", "gate"], calibration.check_targets(played), strict=True)
+        zip(
+            ["quiet", "lost", "slow", "metric", "gate", "loud"],
+            calibration.check_targets(played),
+            strict=True,
+        )
     )
     assert not met["slow"][0]
     assert "MISSED" in met["slow"][1]
@@ -65,6 +69,17 @@ def test_arms_are_drawn_pair_by_pair(calibration: ModuleType) -> None:
         assert set(np.abs(base - candidate)) == {0.5}
     assert np.array_equal(arms["s", "coverage"][0], arms["s", "accepted_error"][0])
     assert not np.array_equal(arms["s", "coverage"][0], arms["s", "step_time_ms"][0])
+
+
+def test_unrelated_trainings_are_those_recorded_in_other_pairs(calibration: ModuleType) -> None:
+    """Coverage and error still come from the same training, launches stay the pairs that they are."""
+    pairs = np.column_stack([np.arange(40.0), np.arange(40.0) + 0.5])
+    recorded = {("s", rule.metric): pairs for rule in calibration.RULES.metrics}
+    found = calibration.unrelated(recorded)
+    assert np.array_equal(found["s", "step_time_ms"], pairs)
+    assert np.array_equal(found["s", "coverage"], found["s", "accepted_error"])
+    assert np.array_equal(np.sort(found["s", "coverage"], axis=0), pairs)
+    assert not np.array_equal(found["s", "coverage"], pairs)
 
 
 def write(folder: Path, rows: list[list[object]]) -> Path:
