@@ -56,7 +56,7 @@ class Task(Protocol):
     And a method ``pack_metrics(decoded, split, configs)``, which scores many trials at once: every tensor of
     `decoded` has the trials before the rows, `configs` is theirs, and it returns a list of what `metrics`
     would return for each. Without it, `metrics` is called trial by trial, which in a pack of small models
-    may take longer than the training.
+    may take longer than the training, and the curve of error against coverage has five points, not twelve.
 
     And a method ``decode(P, Q, tau_infer)``, where those who use the model decode by rules of the task's
     own: it returns answers and which of them are accepted (bool). Trials are scored by strict decoding with
