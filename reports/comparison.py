@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,8 +23,9 @@ from reports.aggregate import Floats
 from reports.changes import ABSENT, Change, find_changes
 from reports.evidence import LEVEL, paired_difference
 from reports.hypervolume import bounds_of, run_hypervolume
+from reports.matching import Pairs, count_trials, match_configs, pair_trials
 from reports.ranking import RANKED_BY_KEY
-from reports.schema import CONFIG_PREFIX, METRIC_COLUMNS, METRIC_PREFIXES, OUTCOME_COLUMNS, TRIAL_STATUSES
+from reports.schema import METRIC_COLUMNS, METRIC_PREFIXES, OUTCOME_COLUMNS, TRIAL_STATUSES
 from reports.text import SURE_FROM
 
 TOP = 10
@@ -210,8 +211,8 @@ def compare_runs(a: ComparedRun, b: ComparedRun, *, level: float = LEVEL, top: i
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     tasks = tuple(_first_text(run.rows, "task") for run in (a, b))
     same_data, data_changes = _compare_data(a.rows, b.rows)
-    matched = _match(a.rows, b.rows, by_id=tasks[0] == tasks[1] and same_data is not False)
-    pairs = _pair_trials(a.rows, b.rows, matched.pairs)
+    matched = match_configs(a.rows, b.rows, by_id=tasks[0] == tasks[1] and same_data is not False)
+    pairs = pair_trials(a.rows, b.rows, matched.pairs)
     statuses = _status_changes(pairs, a.rows, b.rows)
     nans = [_integers(rows, "nan_count")[at] for rows, at in ((a.rows, pairs.a), (b.rows, pairs.b))]
     ranks_a, ranks_b = _ranks(a.leaderboard), _ranks(b.leaderboard)
@@ -231,8 +232,8 @@ def compare_runs(a: ComparedRun, b: ComparedRun, *, level: float = LEVEL, top: i
         only_b=tuple(config for config in ranks_b if config not in common_b),
         ambiguous=matched.ambiguous,
         pairs=len(pairs.a),
-        unpaired_a=_count_of(a.rows, common_a) - len(pairs.a),
-        unpaired_b=_count_of(b.rows, common_b) - len(pairs.b),
+        unpaired_a=count_trials(a.rows, common_a) - len(pairs.a),
+        unpaired_b=count_trials(b.rows, common_b) - len(pairs.b),
         identical=int(_identical(a.rows, b.rows, pairs).sum()),
         differences=_differences(a.rows, b.rows, pairs, level),
         nan_a=int(nans[0].sum()),
@@ -287,107 +288,10 @@ def comparison_values(comparison: Comparison) -> dict[str, Any]:
     return values
 
 
-# --- which configs are the same ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Matched:
-    by: str
-    pairs: list[tuple[str, str]]
-    ambiguous: int
-
-
-def _match(a: pa.Table, b: pa.Table, *, by_id: bool) -> _Matched:
-    """The configs of both tables that are the same, as ids, in the order of A's ids."""
-    firsts = [_first_rows(rows) for rows in (a, b)]
-    ids = [rows.column("config_id").to_pylist() for rows in firsts]
-    found = _Matched("config_id", [], 0)
-    if by_id:
-        found = _joined("config_id", ids, ids)
-    settings = [rows.column("settings_id") if "settings_id" in rows.column_names else None for rows in firsts]
-    if not found.pairs and all(column is not None and not column.null_count for column in settings):
-        found = _joined("settings_id", ids, [column.to_pylist() for column in settings if column is not None])
-    if not found.pairs:
-        knobs = [
-            name
-            for name in firsts[0].column_names
-            if name.startswith(CONFIG_PREFIX) and name in b.column_names
-        ]
-        if knobs:
-            keys = [
-                list(zip(*(rows.column(name).to_pylist() for name in knobs), strict=True)) for rows in firsts
-            ]
-            found = _joined("knobs", ids, keys)
-    return found
-
-
-def _joined(by: str, ids: Sequence[Sequence[str]], keys: Sequence[Sequence[Hashable]]) -> _Matched:
-    held: list[dict[Hashable, list[str]]] = []
-    for own_ids, own_keys in zip(ids, keys, strict=True):
-        groups: dict[Hashable, list[str]] = {}
-        for config, key in zip(own_ids, own_keys, strict=True):
-            groups.setdefault(key, []).append(config)
-        held.append(groups)
-    pairs, ambiguous = [], 0
-    for key, ones in held[0].items():
-        others = held[1].get(key, [])
-        if len(ones) == len(others) == 1:
-            pairs.append((ones[0], others[0]))
-        elif others:
-            ambiguous += len(ones) + len(others)
-    return _Matched(by, sorted(pairs), ambiguous)
-
-
-def _first_rows(rows: pa.Table) -> pa.Table:
-    """One row of each config, ordered by config_id."""
-    _, first = np.unique(
-        rows.column("config_id").to_numpy(zero_copy_only=False).astype(str), return_index=True
-    )
-    return rows.take(pa.array(first))
-
-
 # --- pairs of trials --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    """Rows of A and B that are one config and seed, with the place of the config among the common ones."""
-
-    a: npt.NDArray[np.int64]
-    b: npt.NDArray[np.int64]
-    seed: npt.NDArray[np.int64]
-    config: npt.NDArray[np.int64]
-
-    def of(self, config: int) -> _Pairs:
-        """The pairs of one config."""
-        kept = self.config == config
-        return _Pairs(self.a[kept], self.b[kept], self.seed[kept], self.config[kept])
-
-
-def _pair_trials(a: pa.Table, b: pa.Table, configs: Sequence[tuple[str, str]]) -> _Pairs:
-    place_a = {one: place for place, (one, _) in enumerate(configs)}
-    place_b = {other: place for place, (_, other) in enumerate(configs)}
-    there = {
-        (place_b[config], seed): row for row, (config, seed) in enumerate(_trials(b)) if config in place_b
-    }
-    found = [
-        (row, there[place_a[config], seed], seed, place_a[config])
-        for row, (config, seed) in enumerate(_trials(a))
-        if config in place_a and (place_a[config], seed) in there
-    ]
-    columns = np.array(found, dtype=np.int64).reshape(-1, 4).T
-    return _Pairs(*columns)
-
-
-def _trials(rows: pa.Table) -> list[tuple[str, int]]:
-    return list(zip(rows.column("config_id").to_pylist(), rows.column("seed").to_pylist(), strict=True))
-
-
-def _count_of(rows: pa.Table, configs: set[str]) -> int:
-    return sum(config in configs for config in rows.column("config_id").to_pylist())
-
-
-def _identical(a: pa.Table, b: pa.Table, pairs: _Pairs) -> npt.NDArray[np.bool_]:
+def _identical(a: pa.Table, b: pa.Table, pairs: Pairs) -> npt.NDArray[np.bool_]:
     """Which pairs say the same of everything that is measured but times."""
     alike = np.ones(len(pairs.a), dtype=bool)
     for field in a.schema:
@@ -412,7 +316,7 @@ def _is_told(name: str) -> bool:
     )
 
 
-def _status_changes(pairs: _Pairs, a: pa.Table, b: pa.Table) -> tuple[StatusChange, ...]:
+def _status_changes(pairs: Pairs, a: pa.Table, b: pa.Table) -> tuple[StatusChange, ...]:
     """What went wrong in B first, then by how many."""
     one, other = (rows.column("status").to_pylist() for rows in (a, b))
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -438,7 +342,7 @@ def _cell(rows: pa.Table, name: str, at: int) -> str:
 
 
 def _differences(
-    a: pa.Table, b: pa.Table, pairs: _Pairs, level: float, columns: _Columns | None = None
+    a: pa.Table, b: pa.Table, pairs: Pairs, level: float, columns: _Columns | None = None
 ) -> tuple[Difference, ...]:
     """Of every metric that both runs have."""
     held = _columns(a, b) if columns is None else columns
@@ -497,7 +401,7 @@ def _config_pairs(
     a: ComparedRun,
     b: ComparedRun,
     configs: Sequence[tuple[str, str]],
-    pairs: _Pairs,
+    pairs: Pairs,
     ranks: tuple[_Ranks, _Ranks],
     level: float,
 ) -> tuple[ConfigPair, ...]:

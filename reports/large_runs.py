@@ -12,8 +12,6 @@ judged in `ranking`. pyarrow reads the files, as DuckDB does not verify the chec
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import os
 from collections import Counter
@@ -58,8 +56,15 @@ from reports.ranking import (
     spread_scores,
     trial_value_types,
 )
-from reports.rows import check_trial_ids, find_rows, read_rows
+from reports.rows import find_rows, read_rows
 from reports.schema import TRIAL_STATUSES, config_columns
+from reports.trial_keys import (
+    HexIds,
+    Ids,
+    TextIds,
+    UnusualIdsError,
+    fingerprint,
+)
 
 LARGE_ROWS = 100_000
 LEADERBOARD_CONFIGS = 10_000
@@ -73,10 +78,7 @@ BATCH_COLUMNS = 8
 READ_BYTES = 1 << 17
 # Identity columns that a ranking of the best configs may ask for, where the rows have them.
 KEPT_COLUMNS = ("task", "scenario", "settings_id", "error")
-ID_DIGITS = 12
-SEED_BITS = 16
 
-Keys = npt.NDArray[np.uint64]
 Result = TypeVar("Result")
 
 
@@ -156,7 +158,7 @@ class _Survey:
     missing: Ints
     seeds: tuple[int, ...]
     statuses: Counter[str]
-    ids: _Ids
+    ids: Ids
 
     def take(self, name: str) -> npt.NDArray[Any]:
         """The values of that name, config by config; they are given up, and cannot be asked for again."""
@@ -277,20 +279,16 @@ def _in_threads(work: Callable[[_Piece], Result], pieces: Sequence[_Piece]) -> l
         return list(pool.map(work, pieces))
 
 
-class _UnusualIdsError(Exception):
-    """A config_id or trial_id that is not as `search_spaces.identity` makes it."""
-
-
 def _survey(pieces: Sequence[_Piece], schema: pa.Schema, options: RankingOptions, run: Path) -> _Survey:
     """Reads the columns that decide, of every row, and checks what must hold in all of them."""
     try:
-        return _survey_with(_HexIds(), pieces, schema, options, run)
-    except _UnusualIdsError:
-        return _survey_with(_TextIds(), pieces, schema, options, run)
+        return _survey_with(HexIds(), pieces, schema, options, run)
+    except UnusualIdsError:
+        return _survey_with(TextIds(), pieces, schema, options, run)
 
 
 def _survey_with(
-    ids: _Ids, pieces: Sequence[_Piece], schema: pa.Schema, options: RankingOptions, run: Path
+    ids: Ids, pieces: Sequence[_Piece], schema: pa.Schema, options: RankingOptions, run: Path
 ) -> _Survey:
     rows = pieces[-1][-1].stop
     values = {name: np.empty(rows, dtype=kind) for name, kind in trial_value_types(schema, options).items()}
@@ -357,7 +355,7 @@ def _read_configs(survey: _Survey, held: Ints, pieces: Sequence[_Piece], schema:
 
     def look(here: slice, table: pa.Table) -> None:
         present = set(table.column_names)
-        fingerprints[here] += _fingerprint(table, [name for name in knobs if name in present])
+        fingerprints[here] += fingerprint(table, [name for name in knobs if name in present])
 
     rows = _read_positions(pieces, schema, _leaderboard_columns(schema), survey.positions(held), knobs, look)
     ordered = fingerprints[survey.order]
@@ -409,207 +407,6 @@ def _read_positions(
         )
 
     return pa.concat_tables(_in_threads(read, pieces))
-
-
-@dataclass(frozen=True, slots=True)
-class _Grouped:
-    """The trials ordered by config_id, seed and trial_id; where each config begins, and the seeds, in it."""
-
-    order: Ints
-    starts: Ints
-    seeds: Ints
-
-
-class _HexIds:
-    """Ids as `search_spaces.identity` makes them: twelve hexadecimal digits, and for a trial the seed behind.
-
-    Such an id and a seed below 65536 are one whole number, whose order is that of the text; a trial that is
-    there twice is a number that is there twice. Anything else is refused by _UnusualIdsError.
-    """
-
-    def open(self, rows: int) -> None:
-        self._keys: Keys = np.empty(rows, dtype=np.uint64)
-        self._configs: Keys = np.empty(0, dtype=np.uint64)
-
-    def put(self, here: slice, table: pa.Table) -> None:
-        ids, seeds = _one_array(table, "config_id"), _one_array(table, "seed")
-        if ids.null_count or seeds.null_count:
-            raise _UnusualIdsError
-        numbers = seeds.to_numpy()
-        if ((numbers < 0) | (numbers >= 1 << SEED_BITS)).any():
-            raise _UnusualIdsError
-        if not _is_made_of(_one_array(table, "trial_id"), ids, seeds):
-            raise _UnusualIdsError
-        self._keys[here] = _parse_hex(ids) << np.uint64(SEED_BITS) | numbers.astype(np.uint64)
-
-    def group(self, run: Path) -> _Grouped:
-        order = np.argsort(self._keys)
-        keys = self._keys[order]
-        self._keys = keys[:0]
-        same = keys[1:] == keys[:-1]
-        if same.any():
-            twice = np.unique(keys[1:][same])
-            config, seed = int(twice[0]) >> SEED_BITS, int(twice[0]) & (1 << SEED_BITS) - 1
-            name = f"{config:0{ID_DIGITS}x}-s{seed}"
-            raise RunReadError(f"{run} holds {len(twice)} trial_id more than once, such as {name}")
-        configs = keys >> np.uint64(SEED_BITS)
-        starts = np.flatnonzero(np.append(True, configs[1:] != configs[:-1]))
-        self._configs = configs[starts]
-        keys &= np.uint64((1 << SEED_BITS) - 1)
-        return _Grouped(order, starts, keys.view(np.int64))
-
-    def name(self, config: int) -> str:
-        return f"{int(self._configs[config]):0{ID_DIGITS}x}"
-
-    def places(self, names: Sequence[str]) -> list[int]:
-        try:
-            numbers = _parse_hex(pa.array(names, pa.string()))
-        except _UnusualIdsError:  # of some other run, perhaps
-            return [self._place(name) for name in names]
-        at = np.minimum(np.searchsorted(self._configs, numbers), len(self._configs) - 1)
-        return np.where(self._configs[at] == numbers, at, -1).tolist()
-
-    def _place(self, name: str) -> int:
-        try:
-            _parse_hex(pa.array([name], pa.string()))
-        except _UnusualIdsError:
-            return -1
-        return self.places([name])[0]
-
-
-class _TextIds:
-    """Ids of any form, held as text; dearer in time and memory than numbers are."""
-
-    def open(self, rows: int) -> None:
-        self._rows = rows
-        self._seeds: Ints = np.empty(rows, dtype=np.int64)
-        self._held: dict[int, pa.Table] = {}
-        self._names: pa.Array = pa.array([], pa.string())
-
-    def put(self, here: slice, table: pa.Table) -> None:
-        self._seeds[here] = table.column("seed").to_numpy()
-        self._held[here.start] = table.select(["config_id", "trial_id"])
-
-    def group(self, run: Path) -> _Grouped:
-        held = pa.concat_tables([self._held[start] for start in sorted(self._held)])
-        self._held = {}
-        check_trial_ids(held.column("trial_id"), run)
-        encoded = held.column("config_id").combine_chunks().dictionary_encode()
-        encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-        ranked = pc.array_sort_indices(encoded.dictionary)
-        self._names = encoded.dictionary.take(ranked)
-        place = np.empty(len(ranked), dtype=np.int64)
-        place[ranked.to_numpy()] = np.arange(len(ranked))
-        configs = place[encoded.indices.to_numpy()]
-        order = np.lexsort((self._seeds, configs))
-        again = (np.diff(configs[order]) == 0) & (np.diff(self._seeds[order]) == 0)
-        if again.any():  # a seed that a config was trained with twice: the trial_id decides
-            trials = pc.rank(held.column("trial_id").combine_chunks(), tiebreaker="dense").to_numpy()
-            order = np.lexsort((trials, self._seeds, configs))
-        configs = configs[order]
-        starts = np.flatnonzero(np.append(True, configs[1:] != configs[:-1]))
-        return _Grouped(order, starts, self._seeds[order])
-
-    def name(self, config: int) -> str:
-        return str(self._names[config].as_py())
-
-    def places(self, names: Sequence[str]) -> list[int]:
-        found = pc.index_in(pa.array(names, pa.string()), value_set=self._names)
-        return [-1 if place is None else place for place in found.to_pylist()]
-
-
-_Ids = _HexIds | _TextIds
-
-_DIGITS = np.full(256, 255, dtype=np.uint8)
-_DIGITS[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
-
-
-def _parse_hex(ids: pa.Array) -> Keys:
-    """The numbers that the ids write; _UnusualIdsError unless each is twelve digits, letters small."""
-    digits = _DIGITS[_characters(ids, ID_DIGITS)]
-    if (digits == 255).any():
-        raise _UnusualIdsError
-    whole = np.zeros((len(ids), 8), dtype=np.uint8)
-    whole[:, 8 - ID_DIGITS // 2 :] = digits[:, 0::2] << 4 | digits[:, 1::2]
-    return whole.view(">u8")[:, 0].astype(np.uint64)
-
-
-def _is_made_of(trials: pa.Array, ids: pa.Array, seeds: pa.Array) -> bool:
-    """Whether each trial_id is its config_id, "-s" and its seed."""
-    try:
-        text = _characters(trials, ID_DIGITS + 3)  # as most are, with a seed of one digit
-    except _UnusualIdsError:
-        made = pc.binary_join_element_wise(ids, pc.cast(seeds, pa.string()), "-s")
-        return bool(pc.all(pc.equal(made, trials), skip_nulls=False).as_py())
-    end = text[:, ID_DIGITS:]
-    return bool(
-        (text[:, :ID_DIGITS] == _characters(ids, ID_DIGITS)).all()
-        and (end[:, :2] == np.frombuffer(b"-s", np.uint8)).all()
-        and (end[:, 2] == seeds.to_numpy() + ord("0")).all()
-    )
-
-
-def _characters(text: pa.Array, width: int) -> npt.NDArray[np.uint8]:
-    """The bytes of texts that are all `width` long, one row each; _UnusualIdsError if they are not."""
-    if len(text) == 0:
-        return np.zeros((0, width), dtype=np.uint8)
-    bounds = np.frombuffer(text.buffers()[1], dtype=np.int32)[text.offset : text.offset + len(text) + 1]
-    if text.null_count or not (np.diff(bounds) == width).all():
-        raise _UnusualIdsError
-    held = np.frombuffer(text.buffers()[2], dtype=np.uint8)
-    return held[bounds[0] : bounds[-1]].reshape(len(text), width)
-
-
-def _one_array(table: pa.Table, name: str) -> pa.Array:
-    chunks = table.column(name).chunks
-    return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
-
-
-def _fingerprint(table: pa.Table, columns: Sequence[str]) -> Keys:
-    """A number per row, the same for rows that hold the same in these columns, and hardly ever else."""
-    total = np.zeros(len(table), dtype=np.uint64)
-    for name in columns:
-        column = _one_array(table, name)
-        if column.null_count == len(column):
-            continue  # null adds nothing, nor does a column that a fragment lacks
-        bits = _bits(column)
-        # What differs in the highest bits alone, as 0.5 and 0.25 do, must not be lost in the product.
-        bits ^= bits >> np.uint64(32)
-        bits *= _name_bits(name)
-        bits += _name_bits(name)  # so that 0 is not null
-        if column.null_count:
-            bits[column.is_null().to_numpy(zero_copy_only=False)] = 0
-        total += bits
-    return total
-
-
-def _bits(column: pa.Array) -> Keys:
-    """64 bits per value, in an array of its own, or once where all values are one; any for null."""
-    if pa.types.is_dictionary(column.type):
-        values = np.array([_text_bits(text) for text in column.dictionary.to_pylist()], dtype=np.uint64)
-        if len(values) == 1 and not column.null_count:
-            return values
-        return values[column.indices.fill_null(0).to_numpy()]
-    if pa.types.is_string(column.type):
-        return _bits(column.dictionary_encode())
-    if pa.types.is_boolean(column.type):
-        column = column.cast(pa.int64())
-    if column.type not in (pa.int64(), pa.float64()):
-        return _bits(column.cast(pa.string()))
-    # Taken as they lie, since a column with nulls has no view as an array of numbers.
-    values = np.frombuffer(column.buffers()[1], dtype=np.uint64)[column.offset : column.offset + len(column)]
-    if pa.types.is_integer(column.type):
-        return values.copy()
-    return (values.view(np.float64) + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
-
-
-@functools.cache
-def _name_bits(name: str) -> np.uint64:
-    return np.uint64(_text_bits(name) | 1)
-
-
-def _text_bits(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _judge(survey: _Survey, options: RankingOptions, robustness: pa.Table | None) -> Judged:

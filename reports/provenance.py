@@ -73,16 +73,17 @@ def read_commit(folder: Path, *, own: bool = False) -> tuple[str | None, bool | 
     With `own`, the repository must track this file: an installed copy inside a virtual environment lies in
     its user's repository, whose commit says nothing about this code.
     """
-    if own and _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if own and ask_git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None, None
-    commit = _git(folder, "rev-parse", "HEAD")
+    commit = ask_git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    changes = ask_git(folder, "status", "--porcelain", "--untracked-files=no")
     return commit, None if changes is None else changes != ""
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def ask_git(folder: Path, *arguments: str) -> str | None:
+    """What git prints in a folder, without the last line's end; None where it fails or is not there."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

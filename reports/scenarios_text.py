@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 
 from reports.scenarios import LOG_RATIO, SCENARIOS_KEY
 from reports.schema import CONFIG_PREFIX, config_columns
-from reports.text import SURE_FROM, WIDTH, format_number
+from reports.text import SURE_FROM, WIDTH, column_width, format_number, left_out, wrap
 
 GAP = "  "
 
@@ -35,7 +34,7 @@ def render_scenarios(table: pa.Table, top: int | None = 10, sources: Mapping[str
     lines = [*_summary(table, len(feasible), said, sources or {}), ""]
     if len(feasible):
         lines += _table(feasible.slice(0, top).to_pylist(), said)
-        lines += _left_out(len(feasible), top, "more settings")
+        lines += left_out(len(feasible), top, "more settings")
         if top != 0:
             lines += ["", *_knobs(table, feasible.slice(0, 1).to_pylist()[0])]
     else:
@@ -44,8 +43,8 @@ def render_scenarios(table: pa.Table, top: int | None = 10, sources: Mapping[str
         lines += ["", f"ruled out: {len(ruled_out)} of {len(table)} settings"]
         for entry in ruled_out.slice(0, top).select(["rank", "settings_id", "why"]).to_pylist():
             head = f"{entry['rank']:>4}{GAP}{entry['settings_id']}{GAP}"
-            lines += _wrap(entry["why"], first=head, rest=" " * len(head))
-        lines += _left_out(len(ruled_out), top, "more ruled out")
+            lines += wrap(entry["why"], first=head, rest=" " * len(head))
+        lines += left_out(len(ruled_out), top, "more ruled out")
     return "\n".join(lines)
 
 
@@ -56,24 +55,24 @@ def _summary(table: pa.Table, feasible: int, said: dict[str, Any], sources: Mapp
         there = len(table) - table.column(f"config_id@{name}").null_count
         seeds = ", ".join(map(str, said["seeds"][name]))
         source = f", {sources[name]}" if name in sources else ""
-        lines += _wrap(
+        lines += wrap(
             f"{name}{source}: {there} settings, seeds {seeds}", first=f"{number:>4}  ", rest=" " * 6
         )
     told = f"settings {said['reference']}" if said["reference"] else "the median of the settings"
     ratios = [name for name in said["by"] if said["compared"][name] == LOG_RATIO]
     kinds = f", of {', '.join(ratios)} in percent" if ratios else ""
-    lines += _wrap(
+    lines += wrap(
         f"figures: differences to {told}{kinds}, the mean over scenarios; (behind the best of the settings' "
         "worst scenario, and which)"
     )
-    lines += _wrap(
+    lines += wrap(
         f"fronts over {', '.join(said['by'])}; ties by what is in brackets, of {', '.join(said['ties'])}, "
         f"then by the mean of the ranks; nan_count at most {said['nan_budget']}"
     )
     if table.column("rank_low").null_count < len(table):
         blocks = sum(map(len, said["seeds"].values()))
         few = "" if blocks >= SURE_FROM else f", which are few: {SURE_FROM} and more would say more"
-        lines += _wrap(
+        lines += wrap(
             f"in 90%, best: where a rank lies, and how often first, by drawing {blocks} blocks of scenario "
             f"and seed{few}"
         )
@@ -87,28 +86,28 @@ def _table(entries: list[dict[str, Any]], said: dict[str, Any]) -> list[str]:
         columns.append(["best", *("-" if e["p_best"] is None else f"{e['p_best']:.0%}" for e in entries)])
     columns.append(["front", *(str(entry["front"]) for entry in entries)])
     columns.append(["settings", *(entry["settings_id"] for entry in entries)])
-    width = sum(_width(column) + len(GAP) for column in columns)
+    width = sum(column_width(column) + len(GAP) for column in columns)
     below = []
     for metric in said["by"]:
         column = [metric, *(_figure(entry, metric, said) for entry in entries)]
-        if width + _width(column) <= WIDTH:
+        if width + column_width(column) <= WIDTH:
             columns.append(column)
-            width += _width(column) + len(GAP)
+            width += column_width(column) + len(GAP)
         else:
             below.append(metric)
     lines = []
     for index in range(len(entries) + 1):
         cells = [
-            column[index].ljust(_width(column))
+            column[index].ljust(column_width(column))
             if column[0] == "settings"
-            else column[index].rjust(_width(column))
+            else column[index].rjust(column_width(column))
             for column in columns
         ]
         lines += _heading(entries[index - 2] if index > 1 else {}, entries[index - 1]) if index else []
         lines.append(GAP.join(cells).rstrip())
         if index and below:
             told = [f"{metric}={_figure(entries[index - 1], metric, said)}" for metric in below]
-            lines += _wrap(GAP.join(told), first=" " * 6, rest=" " * 6)
+            lines += wrap(GAP.join(told), first=" " * 6, rest=" " * 6)
     return lines
 
 
@@ -153,24 +152,4 @@ def _knobs(table: pa.Table, entry: dict[str, Any]) -> list[str]:
             text = text.lower() if isinstance(value, bool) else text
             told.append(f"{name.removeprefix(CONFIG_PREFIX)}={text}")
     head = f"settings {entry['settings_id']} (rank {entry['rank']}):"
-    return [head, *_wrap(" ".join(told), first="    ", rest="    ")] if told else [head]
-
-
-def _width(column: list[str]) -> int:
-    return max(map(len, column))
-
-
-def _left_out(number: int, top: int | None, what: str) -> list[str]:
-    rest = 0 if top is None else number - top
-    return [f"     {rest} {what}"] if rest > 0 else []
-
-
-def _wrap(text: str, first: str = "", rest: str = "    ") -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return [head, *wrap(" ".join(told), first="    ", rest="    ")] if told else [head]

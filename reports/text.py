@@ -45,8 +45,8 @@ def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
         knobs = _varying_knobs(table)
         few = len(knobs) <= KNOBS_IN_TABLE
         lines += _table(feasible.slice(0, top), _shown_metrics(table), knobs if few else [])
-        lines += _left_out(len(feasible), top, "more configs in the leaderboard")
-        lines += _left_out(totals["feasible"], len(feasible), "more that are not in the leaderboard")
+        lines += left_out(len(feasible), top, "more configs in the leaderboard")
+        lines += left_out(totals["feasible"], len(feasible), "more that are not in the leaderboard")
         if not few and top != 0:
             lines += ["", *_knobs_of(feasible.slice(0, 1).to_pylist()[0], knobs)]
     else:
@@ -54,11 +54,11 @@ def render_leaderboard(table: pa.Table, top: int | None = 10) -> str:
     if totals["feasible"] < totals["configs"]:
         lines += ["", f"ruled out: {totals['configs'] - totals['feasible']} of {totals['configs']} configs"]
         for met in totals["ruled_out"]:
-            lines += _wrap(f"{met['configs']:>8}{GAP}{met['why']}, such as {met['such_as']}", rest=" " * 10)
+            lines += wrap(f"{met['configs']:>8}{GAP}{met['why']}, such as {met['such_as']}", rest=" " * 10)
         for entry in ruled_out.slice(0, top).select(["rank", "config_id", "why"]).to_pylist():
             head = f"{entry['rank']:>4}{GAP}{entry['config_id']}{GAP}"
-            lines += _wrap(entry["why"], first=head, rest=" " * len(head))
-        lines += _left_out(len(ruled_out), top, "more ruled out")
+            lines += wrap(entry["why"], first=head, rest=" " * len(head))
+        lines += left_out(len(ruled_out), top, "more ruled out")
     return "\n".join(lines)
 
 
@@ -80,11 +80,11 @@ def _summary(table: pa.Table, totals: dict[str, Any]) -> list[str]:
     text = (
         f"{totals['configs']} configs, {totals['feasible']} feasible; {totals['n_trials']} trials: {counts}"
     )
-    lines = _wrap(text + (f"; {missing} missing" if missing else ""))
+    lines = wrap(text + (f"; {missing} missing" if missing else ""))
     said = _ranked_by(table)
     if said:
         text = f"fronts over {', '.join(said['by'])}; ties by {', '.join([*said['ties'], 'config_id'])}"
-        lines += _wrap(f"{text}; nan_count at most {said['nan_budget']}")
+        lines += wrap(f"{text}; nan_count at most {said['nan_budget']}")
     if "rank_low" in table.column_names and table.column("rank_low").null_count < len(table):
         seeds = max(
             map(
@@ -93,7 +93,7 @@ def _summary(table: pa.Table, totals: dict[str, Any]) -> list[str]:
             )
         )
         few = "" if seeds >= SURE_FROM else f", which are few: {SURE_FROM} and more would say more"
-        lines += _wrap(f"in 90%, best: where a rank lies, and how often first, by drawing {seeds} seeds{few}")
+        lines += wrap(f"in 90%, best: where a rank lies, and how often first, by drawing {seeds} seeds{few}")
     return lines
 
 
@@ -107,13 +107,13 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
         ["nan_count", *(str(entry["nan_count"]) for entry in entries)],
         ["trials", *(str(entry["n_trials"]) for entry in entries)],
     ]
-    width = sum(_width(column) + len(GAP) for column in columns) - len(GAP)
+    width = sum(column_width(column) + len(GAP) for column in columns) - len(GAP)
     below: list[str] = []  # metrics for which the line has no room stand before the knobs
     for metric in metrics:
         column = [metric, *(_spread(entry, metric) for entry in entries)]
-        if width + _width(column) + len(GAP) <= WIDTH:
+        if width + column_width(column) + len(GAP) <= WIDTH:
             columns.insert(-2, column)
-            width += _width(column) + len(GAP)
+            width += column_width(column) + len(GAP)
         else:
             below.append(metric)
     lines = []
@@ -121,7 +121,9 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
         cells = []
         for column in columns:
             left = column[0] == "config"  # the id; all else are numbers
-            cells.append(column[row].ljust(_width(column)) if left else column[row].rjust(_width(column)))
+            cells.append(
+                column[row].ljust(column_width(column)) if left else column[row].rjust(column_width(column))
+            )
         lines += _heading(entries[row - 2] if row > 1 else {}, entries[row - 1]) if row else []
         lines.append(GAP.join(cells).rstrip())
         if row:
@@ -129,7 +131,7 @@ def _table(configs: pa.Table, metrics: list[str], knobs: list[str]) -> list[str]
             said = [f"{metric}={_spread(entry, metric).replace(' ', '')}" for metric in below]
             said += [_knob(name, entry[name]) for name in knobs if entry[name] is not None]
             if said:
-                lines += _wrap(" ".join(said), first=INDENT, rest=INDENT)
+                lines += wrap(" ".join(said), first=INDENT, rest=INDENT)
     return lines
 
 
@@ -159,7 +161,7 @@ def _heading(above: dict[str, Any], entry: dict[str, Any]) -> list[str]:
 def _knobs_of(entry: dict[str, Any], knobs: list[str]) -> list[str]:
     """The knobs of one config in full, named by its rank and id."""
     said = " ".join(_knob(name, entry[name]) for name in knobs if entry[name] is not None)
-    return [f"config {entry['config_id']} (rank {entry['rank']}):", *_wrap(said, first="    ", rest="    ")]
+    return [f"config {entry['config_id']} (rank {entry['rank']}):", *wrap(said, first="    ", rest="    ")]
 
 
 def _shown_metrics(table: pa.Table) -> list[str]:
@@ -204,16 +206,19 @@ def _knob(name: str, value: Any) -> str:
     return f"{name.removeprefix(CONFIG_PREFIX)}={value if isinstance(value, str) else text}"
 
 
-def _width(column: list[str]) -> int:
+def column_width(column: list[str]) -> int:
+    """How wide the widest cell is."""
     return max(map(len, column))
 
 
-def _left_out(number: int, top: int | None, what: str) -> list[str]:
+def left_out(number: int, top: int | None, what: str) -> list[str]:
+    """The line that counts what is not shown of `number`, none where all of it is."""
     rest = 0 if top is None else number - top
     return [f"     {rest} {what}"] if rest > 0 else []
 
 
-def _wrap(text: str, first: str = "", rest: str = "    ") -> list[str]:
+def wrap(text: str, first: str = "", rest: str = "    ") -> list[str]:
+    """The text on lines of at most `WIDTH` columns, words whole; `first` and `rest` stand before them."""
     return textwrap.wrap(
         text,
         WIDTH,

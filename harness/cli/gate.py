@@ -55,12 +55,7 @@ def run_parser() -> CommandParser:
         help="a stored baseline where one fits this machine, else --against where that commit is there, "
         "else this code against itself, and say which",
     )
-    add(
-        "--baselines",
-        type=Path,
-        metavar="DIR",
-        help="stored baselines (default: baselines/ beside the suite)",
-    )
+    add_baselines(parser)
     add("--out", type=Path, metavar="DIR", help="where rows are kept (default: runs/gate/NAME of the suite)")
     add_output_options(parser)
     return parser
@@ -87,12 +82,7 @@ def accept_parser() -> CommandParser:
     add("--reason", required=True, metavar="TEXT", help="why; it is kept in the manifest")
     add("--suite", type=Path, metavar="SUITE.yaml", help="the suite (default: that of --out)")
     add("--out", type=Path, metavar="DIR", help="the gate's folder (default: as `gate run` chooses it)")
-    add(
-        "--baselines",
-        type=Path,
-        metavar="DIR",
-        help="stored baselines (default: baselines/ beside the suite)",
-    )
+    add_baselines(parser)
     add("--expires", type=parse_date, metavar="YYYY-MM-DD", help="accepted until this day, and not after it")
     add("--release", action="store_true", help="also the last release, which later candidates are held to")
     add("--approver", metavar="NAME", help="who accepts (default: git's user.name)")
@@ -121,6 +111,16 @@ def make_parser(name: str, description: str) -> CommandParser:
     parser = CommandParser(f"gate {name}", description)
     parser.epilog = CODES
     return parser
+
+
+def add_baselines(parser: argparse.ArgumentParser) -> None:
+    """Where what was accepted is stored."""
+    parser.add_argument(
+        "--baselines",
+        type=Path,
+        metavar="DIR",
+        help="stored baselines (default: baselines/ beside the suite)",
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -337,7 +337,7 @@ def find_out(suite_path: Path | None) -> Path:
 
 def session_suite(out: Path) -> Path:
     """The suite file that a gate's folder was made from."""
-    from harness.gate.session import read_session
+    from harness.gate.kept import read_session
     from harness.gate.suite import shown_path
 
     return shown_path(Path(str(read_session(out).get("suite_path"))))
@@ -359,7 +359,7 @@ def main_plan(argv: Sequence[str]) -> int:
 
 def pilot_arms(options: argparse.Namespace, name: str) -> tuple[ArmRows | None, ArmRows]:
     """The rows whose spread is that of the pilot: those named, or the arms of the gate's folder."""
-    from harness.gate.session import read_session
+    from harness.gate.kept import read_session
     from harness.gate.sources import read_side
 
     if options.candidate is not None:

@@ -17,7 +17,7 @@ from harness.gate.baselines import (
 )
 from harness.gate.codes import EXIT_BASELINE, EXIT_INCOMPLETE, EXIT_REGRESSION, EXIT_USAGE
 from harness.gate.fingerprint import parse_fingerprint
-from harness.gate.session import read_session
+from harness.gate.kept import read_session
 from harness.gate.suite import Suite
 from reports.fragments import RunReadError
 

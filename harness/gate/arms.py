@@ -27,6 +27,7 @@ import harness
 from harness.errors import UserError, one_line
 from harness.gate.codes import EXIT_BASELINE, EXIT_INCOMPLETE, EXIT_USAGE
 from harness.gate.suite import Scenario, Suite, read_defaults
+from reports.provenance import ask_git
 
 LAUNCH = Path(__file__).with_name("launch.py")
 CODE_ROOT = Path(harness.__file__).resolve().parents[1]
@@ -310,22 +311,8 @@ def find_commit(path: Path, reference: str) -> str | None:
     """The full name of a commit of the repository around a file, None where it is not there."""
     if not reference or reference.startswith("-"):
         return None
-    return ask_git(path.resolve().parent, "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}")
-
-
-def ask_git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, None where it fails or is not there."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=GIT_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    parent = path.resolve().parent
+    return ask_git(parent, "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}") or None
 
 
 def lay_out(top: Path, commit: str, folder: Path) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 from harness.errors import UserError, one_line
 from harness.gate.arm_rows import ArmRows, keyed_rows, merged_table, stored_launches
-from harness.gate.arms import ask_git
 from harness.gate.codes import EXIT_BASELINE
 from harness.gate.fingerprint import Fingerprint, fingerprint_differences, parse_fingerprint
 from reports.fragments import RunReadError, read_fragment, write_json_atomically, write_table_atomically
+from reports.provenance import ask_git
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1

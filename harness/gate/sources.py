@@ -10,7 +10,7 @@ from harness.gate.arm_rows import ARM_FILE, ArmRows, keyed_rows, read_arm_folder
 from harness.gate.baselines import MANIFEST_FILE, read_baseline, read_manifest
 from harness.gate.codes import EXIT_BASELINE, EXIT_INCOMPLETE
 from harness.gate.fingerprint import fingerprint_differences, parse_fingerprint
-from harness.gate.session import SESSION_FILE, read_session
+from harness.gate.kept import SESSION_FILE, read_session
 from reports.fragments import RunReadError, read_fragment
 from reports.rows import ROWS_FOLDER, read_rows
 

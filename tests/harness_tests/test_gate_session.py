@@ -28,6 +28,7 @@ from harness.gate.codes import (
 )
 from harness.gate.comparison import compare_arms
 from harness.gate.decision import GateDecision
+from harness.gate.kept import open_store
 from harness.gate.merged import merged_json, merged_junit
 from harness.gate.planning import plan_needs, plan_text
 from harness.gate.power import seeds_needed
@@ -37,7 +38,6 @@ from harness.gate.session import (
     GateOptions,
     choose_baseline,
     make_anchor,
-    open_store,
     take_looks,
     with_itself,
 )

@@ -325,7 +325,7 @@ def test_the_lowest_bits_and_the_highest_tell_configs_apart(tmp_path):
 def test_configs_that_only_seem_to_differ_are_compared_by_their_values(tmp_path, monkeypatch):
     """Numbers that are made of knobs are a first sight; rows, fetched from wherever they are, decide."""
     monkeypatch.setattr(
-        large_runs, "_fingerprint", lambda table, names: np.arange(len(table), dtype=np.uint64)
+        large_runs, "fingerprint", lambda table, names: np.arange(len(table), dtype=np.uint64)
     )
     monkeypatch.setattr(large_runs, "LEADERBOARD_CONFIGS", 2)
     fragments = [[row(HEX[c], 0), row(HEX[5 + c], c)] for c in range(5)] + [
