@@ -37,6 +37,7 @@ SCENARIOS_KEY = b"scm_harness.scenarios"
 DIFFERENCE, LOG_RATIO = "difference", "log ratio"
 # A value below this share of the scenario's median counts as this share: an error of 0 is no infinite gain.
 LEAST_RATIO = 1e-6
+SAME_DIGITS = 10  # logarithms and shares that differ by less than rounding makes of equal ones are equal
 
 
 def rank_scenarios(
@@ -271,8 +272,12 @@ class _Figures:
         regrets: dict[str, Floats] = {NAN_COUNT.name: self.nan_count.astype(np.float64)}
         for name in self.values:
             within = np.column_stack([self.within(name, drawn, index) for index in there])
-            means[name] = within @ weight / weight.sum()
-            regrets[name] = _behind_best(within).max(axis=1)
+            behind = _behind_best(within)
+            # What every setting shares, the unit among it, is left out: it would decide how ties are rounded.
+            means[name] = np.round(behind @ weight / weight.sum(), SAME_DIGITS)
+            if name == "step_time_ms" and self.options.step_time_tolerance:  # its grid stands fast
+                means[name] = within @ weight / weight.sum()
+            regrets[name] = np.round(behind.max(axis=1), SAME_DIGITS)
         signs = [Blocks.sign(self.gained, np.where(self.owner == index, drawn, 0)) for index in there]
         worthless = np.any([sign == 0 for sign in signs], axis=0)
         return Standing(

@@ -332,3 +332,19 @@ def test_many_settings_are_ranked_in_a_moment():
     table = rank_scenarios([pa.Table.from_pylist(rows)])
     assert table.column("rank_low").null_count == 5
     assert sum(table.column("p_best").drop_null().to_pylist()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("power", range(-12, 13, 3))
+def test_what_ties_over_scenarios_ties_in_every_unit(power):
+    """Better by a ratio here and worse by it there is as good: one front, whatever rounding makes of it."""
+    unit = 2.0**power
+    board = board_of(
+        rows_of(
+            {
+                "t0": {"a": [3 * unit / 8], "b": [5 * unit / 8], "c": [7 * unit / 8]},
+                "t1": {"a": [5 / 8], "b": [3 / 8], "c": [7 / 8]},
+                "t2": {"a": [11 / 8], "b": [11 / 8], "c": [13 / 8]},
+            }
+        )
+    )
+    assert [(name, entry["front"]) for name, entry in board.items()] == [("a", 1), ("b", 1), ("c", 2)]
