@@ -13,7 +13,8 @@ from typing import Any
 from reports.drawing import short
 from reports.escaping import escape_markdown
 from reports.run_page import RunFolder
-from reports.run_view import leaderboard_entries, verdict
+from reports.run_verdict import verdict
+from reports.run_view import leaderboard_entries
 
 MOST_IN_TABLE = 10
 

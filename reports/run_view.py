@@ -17,11 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reports.hypervolume import run_hypervolume
 from reports.metrics import ROBUSTNESS
-from reports.ranking import RANKED_BY_KEY
 from reports.robustness_view import answer, matrix, number, ordered_configs, text
-from reports.schema import CONFIG_PREFIX, TRIAL_STATUSES, config_columns
+from reports.run_verdict import (
+    floats_of,
+    name_of,
+    page_totals,
+    ranked_by,
+    sequence,
+    verdict,
+)
+from reports.schema import CONFIG_PREFIX, config_columns
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -36,15 +42,12 @@ MOST_EPOCHS = 20
 MOST_KNOBS = 15
 MOST_FOREST_CONFIGS = 120  # a forest of a thousand configs takes minutes
 MOST_NAN_CONFIGS = 24
-MOST_NAME = 60
 MOST_MATRIX_CONFIGS = 3
 FAR_BEYOND = 1000.0  # times the median: a point there would press all others together
 
 NAN_KINDS = ("loss", "gradient", "output", "parameter")
 IMPORTANT_FOR = ("charged_error", "accepted_error", "loss")  # the first that the rows hold
 CURVE_COLUMNS = ("curve_coverage", "curve_error", "curve_area")
-FEW_SEEDS = 3
-WHOLE_RUN_KEY = b"scm_harness.whole_run"  # totals of a run whose leaderboard does not list every config
 NEEDED_OF_LEADERBOARD = ("rank", "feasible", "front", "why", "config_id", "n_trials", "nan_count")
 # What is drawn of the history: column, what it is called, its unit, the range where it has one.
 HISTORY_PANELS: tuple[tuple[str, str, str, tuple[float, float] | None], ...] = (
@@ -93,64 +96,12 @@ def run_view(parts: RunParts) -> dict[str, Any]:
     }
 
 
-def verdict(board: pa.Table | None, rows: pa.Table | None = None) -> dict[str, Any] | None:
-    """The answer: how many configs there are, how many are worth something, which is best, what was ruled
-    out and why, in numbers and as one `sentence`; and what to be careful about, as `warnings`."""
-    if board is None:
-        return None
-    totals = _totals(board)
-    feasible = board.filter(board.column("feasible"))
-    beats = _column(feasible, "beats_abstaining")
-    beating = (
-        None
-        if beats is None or not any(known is not None for known in beats)
-        else sum(known is True for known in beats)
-    )
-    said = ranked_by(board)
-    result: dict[str, Any] = {
-        **totals,
-        "listed": len(board),
-        "ended": {name: totals[f"n_{name}"] for name in TRIAL_STATUSES if totals[f"n_{name}"]},
-        "beating": beating,
-        "best": None,
-        "ruled_out": _reasons(board, said),
-        "objectives": [str(name) for name in _sequence(said.get("by"))],
-    }
-    if len(feasible):
-        best = feasible.slice(0, 1).to_pylist()[0]
-        result["best"] = {
-            "config_id": name_of(best["config_id"]),
-            "beats_abstaining": best.get("beats_abstaining"),
-            "rank_low": best.get("rank_low"),
-            "rank_high": best.get("rank_high"),
-            "p_best": best.get("p_best"),
-            "n_trials": best["n_trials"],
-            "n_completed": best.get("n_completed"),
-            "coverage": number(best.get("coverage_mean")),
-            "accepted_error": number(best.get("accepted_error_mean")),
-            "charged_error": number(best.get("charged_error_mean")),
-            "trivial_error": number(best.get("trivial_error_mean")),
-        }
-    result["hypervolume"] = _hypervolume(board)
-    result["sentence"] = _sentence(result)
-    result["warnings"] = _warnings(result, board, rows)
-    return result
-
-
-def _hypervolume(board: pa.Table) -> float | None:
-    """The share of the objectives' space that the run's configs dominate; None where nothing can be said."""
-    try:
-        return run_hypervolume(board).share
-    except ValueError:  # no config has finite objectives, or a leaderboard of another age
-        return None
-
-
 def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:
     """The best configs with mean and spread of what they are judged by; those ruled out with why."""
     if board is None:
         return None
     names = {*board.column_names}
-    wanted = [*_sequence(ranked_by(board).get("by")), "coverage", "accepted_error", "charged_error"]
+    wanted = [*sequence(ranked_by(board).get("by")), "coverage", "accepted_error", "charged_error"]
     metrics = [name for name in dict.fromkeys(map(str, wanted)) if f"{name}_mean" in names][:8]
     feasible = board.filter(board.column("feasible"))
     ruled_out = board.filter(pc.invert(board.column("feasible")))
@@ -176,7 +127,7 @@ def leaderboard_entries(board: pa.Table | None) -> dict[str, Any] | None:
         )
         was = worthless
     first = feasible.slice(0, 1).to_pylist()
-    totals = _totals(board)
+    totals = page_totals(board)
     return {
         "metrics": metrics,
         "entries": entries,
@@ -252,7 +203,7 @@ def parallel_knobs(
             for name in order[:MOST_AXES]
         ],
         "axes_left_out": [name_of(name.removeprefix(CONFIG_PREFIX)) for name in order[MOST_AXES:]],
-        "left_out": max(0, _totals(board)["configs"] - len(entries)),
+        "left_out": max(0, page_totals(board)["configs"] - len(entries)),
     }
 
 
@@ -478,11 +429,6 @@ def varying_knobs(board: pa.Table) -> list[str]:
     ]
 
 
-def ranked_by(board: pa.Table) -> dict[str, Any]:
-    """How the leaderboard was ranked, as it says itself; empty where it does not, or not legibly."""
-    return _metadata(board, RANKED_BY_KEY)
-
-
 def kind_of(entry: Mapping[str, Any]) -> int:
     """Which of `KINDS` a config of the leaderboard is."""
     if not entry["feasible"]:
@@ -490,12 +436,6 @@ def kind_of(entry: Mapping[str, Any]) -> int:
     if entry.get("beats_abstaining") is False:
         return 2
     return 0 if entry["front"] == 1 else 1
-
-
-def name_of(value: Any) -> str:
-    """A name as one line of at most 60 characters."""
-    line = text(value)
-    return line if len(line) <= MOST_NAME else line[: MOST_NAME - 1] + "…"
 
 
 def said_value(value: Any) -> str:
@@ -516,7 +456,7 @@ def _points(
         return {**nothing, "sizes": None, "why": f"there is no {lacking[0]}"}
     wanted = ["rank", "config_id", "feasible", "front", "n_trials", f"{x}_mean", f"{y}_mean"]
     wanted += _present(board, "beats_abstaining", f"{y}_min", f"{y}_max", *([f"{size}_mean"] if size else []))
-    places = np.isfinite(_floats(board, f"{x}_mean")) & np.isfinite(_floats(board, f"{y}_mean"))
+    places = np.isfinite(floats_of(board, f"{x}_mean")) & np.isfinite(floats_of(board, f"{y}_mean"))
     placed = board.filter(pa.array(places))
     points = []
     for entry in placed.slice(0, MOST_POINTS).select(wanted).to_pylist():
@@ -534,7 +474,7 @@ def _points(
             point["size"] = number(entry.get(f"{size}_mean"))
         points.append(point)
     sizes = [point["size"] for point in points if math.isfinite(point.get("size", math.nan))]
-    whole = _totals(board)["configs"]
+    whole = page_totals(board)["configs"]
     unplaced = int((~places).sum())
     heights = sorted(point["y"] for point in points)
     limit = FAR_BEYOND * heights[len(heights) // 2] if heights else math.inf
@@ -579,112 +519,6 @@ def _count_by_epoch(
     return [min(last, (index + 1) * wide) for index in range(bins)]
 
 
-def _totals(board: pa.Table) -> dict[str, int]:
-    """How many configs and trials the run has: as the leaderboard counts, or says where it lists not all."""
-    whole = _metadata(board, WHOLE_RUN_KEY)
-    counted = {
-        "configs": len(board),
-        "feasible": pc.sum(board.column("feasible")).as_py() or 0,
-        **{
-            name: (pc.sum(board.column(name)).as_py() or 0) if name in board.column_names else 0
-            for name in ("n_trials", *(f"n_{status}" for status in TRIAL_STATUSES), "n_missing")
-        },
-    }
-    said = {name: whole[name] for name in counted if isinstance(whole.get(name), int)}
-    return counted | said
-
-
-def _metadata(board: pa.Table, key: bytes) -> dict[str, Any]:
-    try:
-        said = json.loads((board.schema.metadata or {}).get(key, b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _reasons(board: pa.Table, said: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Why configs were ruled out, and how many; a config may have several reasons."""
-    ruled_out = board.filter(pc.invert(board.column("feasible")))
-    if not len(ruled_out):
-        return []
-    budget = said.get("nan_budget", 0)
-    met = np.nan_to_num(_floats(ruled_out, "nan_count")) > (budget if isinstance(budget, int) else 0)
-    found = {"non-finite values": met}
-    for column, what in (("n_failed", "failed"), ("n_diverged", "diverged"), ("n_missing", "missing")):
-        if column in ruled_out.column_names:
-            found[f"trials {what}"] = np.nan_to_num(_floats(ruled_out, column)) > 0
-    found["no finite value to compare"] = ~np.logical_or.reduce([*found.values()])
-    counted = [{"reason": reason, "configs": int(mask.sum())} for reason, mask in found.items()]
-    return [entry for entry in counted if entry["configs"]]
-
-
-def _sentence(said: Mapping[str, Any]) -> str:
-    ruled_out = said["configs"] - said["feasible"]
-    first = f"Of {_many(said['configs'], 'config')}, {said['feasible']} can be ranked"
-    if said["beating"] is not None:
-        least = "at least " if said["listed"] < said["configs"] else ""
-        first += f" and {least}{said['beating'] or 'none'} beat{'s' if said['beating'] == 1 else ''} "
-        first += "abstaining everywhere"
-    parts = [first + "."]
-    best = said["best"]
-    if best is None:
-        parts.append("There is no best one.")
-    else:
-        where = ""
-        if best["rank_low"] is not None and best["rank_high"] is not None:
-            low, high = best["rank_low"], best["rank_high"]
-            lies = f"nearly always {low}" if low == high else f"between {low} and {high}"
-            where = f", its rank {lies} when seeds are drawn anew"
-            if best["p_best"] is not None:
-                where += f" and first in {100 * best['p_best']:.0f} % of the draws"
-        parts.append(f"Ranked first is {best['config_id']}{where}.")
-    if ruled_out:
-        several = len(said["ruled_out"]) > 1
-        why = ", ".join(
-            entry["reason"] + (f" ({entry['configs']})" if several else "") for entry in said["ruled_out"]
-        )
-        is_or_are = "is" if ruled_out == 1 else "are"
-        parts.append(f"{_many(ruled_out, 'config')} {is_or_are} ruled out{': ' + why if why else ''}.")
-    else:
-        parts.append("None was ruled out.")
-    return " ".join(parts)
-
-
-def _warnings(said: Mapping[str, Any], board: pa.Table, rows: pa.Table | None) -> list[str]:
-    found = []
-    best = said["best"]
-    if best is None:
-        found.append("No config can be ranked: nothing here is fit for use.")
-    else:
-        if best["beats_abstaining"] is False:
-            found.append("The config ranked first is no better than abstaining everywhere: do not use it.")
-        if best["n_trials"] < FEW_SEEDS:
-            found.append(
-                f"{_many(best['n_trials'], 'seed')} per config: who is first may be luck. "
-                "Confirm the best ones on fresh seeds."
-            )
-        if best["n_completed"] == 0:
-            found.append(
-                "No trial of the config ranked first ran to its end: it is judged by where it stopped."
-            )
-        if best["rank_low"] is None:
-            found.append(
-                "The leaderboard does not say how sure its ranks are: rank anew with scm-harness rank."
-            )
-        elif best["rank_high"] is not None and best["rank_high"] > 1:
-            found.append(
-                f"The config ranked first cannot be told apart from those up to rank {best['rank_high']}."
-            )
-    if said["n_missing"]:
-        found.append(f"{_many(said['n_missing'], 'trial')} missing: the run is not whole.")
-    if rows is not None and len(rows) != said["n_trials"]:
-        found.append(
-            f"The leaderboard counts {_many(said['n_trials'], 'trial')}, the rows are {len(rows)}: "
-            "rank anew with scm-harness rank."
-        )
-    return found
-
-
 def _heading(was: bool | None, now: bool, entry: Mapping[str, Any]) -> str:
     """What stands between two configs where from here on they are of another kind."""
     if now and not was:
@@ -719,22 +553,5 @@ def _thinned(steps: Sequence[Any], most: int) -> list[Any]:
     return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
 
 
-def _floats(table: pa.Table, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    column = pc.fill_null(pc.cast(table.column(name), pa.float64()), float("nan"))
-    return np.asarray(column.to_numpy(), dtype=np.float64)
-
-
-def _column(table: pa.Table, name: str) -> list[Any] | None:
-    return table.column(name).to_pylist() if name in table.column_names else None
-
-
 def _present(table: pa.Table, *names: str) -> list[str]:
     return [name for name in names if name in table.column_names]
-
-
-def _sequence(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

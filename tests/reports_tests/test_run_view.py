@@ -16,6 +16,7 @@ from reports.hypervolume import run_hypervolume
 from reports.ranking import RankingOptions, rank
 from reports.run_page import read_run
 from reports.run_queries import queries
+from reports.run_verdict import verdict
 from reports.run_view import (
     MOST_AXES,
     MOST_CURVES,
@@ -34,7 +35,6 @@ from reports.run_view import (
     parallel_knobs,
     risk_curves,
     run_view,
-    verdict,
 )
 
 

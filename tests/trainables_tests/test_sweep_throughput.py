@@ -32,6 +32,12 @@ def bench(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
+def peer(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    """The peer's ways to train."""
+    return load_benchmark("peer_sweeps")
+
+
+@pytest.fixture
 def tiny(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quick size with hardly anything to do."""
     amount = bench.Amount(2, 2, 3, 3, 2, ((4, 2),), (), 2, (2, 4), 1)
@@ -182,32 +188,32 @@ def test_the_plans_differ_in_packs_alone(bench: ModuleType, tmp_path: Path) -> N
     assert alone.model_copy(update={"packs": usual.packs}) == usual
 
 
-def test_the_peer_begins_with_the_same_weights(bench: ModuleType) -> None:
+def test_the_peer_begins_with_the_same_weights(peer: ModuleType) -> None:
     """Both models are one network, drawn in the same order."""
-    with seeded_init(bench.SEED):
-        ours = make_model(TrialConfig(**bench.FIXED), bench.SHAPE[0])
-    with seeded_init(bench.SEED):
-        theirs = bench.PatternMLP()
+    with seeded_init(peer.SEED):
+        ours = make_model(TrialConfig(**peer.FIXED), peer.SHAPE[0])
+    with seeded_init(peer.SEED):
+        theirs = peer.PatternMLP()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_both_sides_train_the_same(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_train_the_same(peer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one config, seed and order the peer's best way and our trainer come to the same numbers."""
     pytest.importorskip("zeroproofml", reason="the peer is an extra")
-    monkeypatch.setattr(bench, "EPOCHS", 2)
-    config = replace(TrialConfig(**bench.FIXED, **CONFIG), max_epochs=2)
-    task = make_table_task({key: value for key, value in bench.TASK.items() if key != "name"})
-    splits = task.splits(bench.SEED)
+    monkeypatch.setattr(peer, "EPOCHS", 2)
+    config = replace(TrialConfig(**peer.FIXED, **CONFIG), max_epochs=2)
+    task = make_table_task({key: value for key, value in peer.TASK.items() if key != "name"})
+    splits = task.splits(peer.SEED)
     trainer = make_trainer(
-        config, bench.SEED, lambda: task.build_model(config), splits["train"], splits["val"]
+        config, peer.SEED, lambda: task.build_model(config), splits["train"], splits["val"]
     )
     *_, ours = trainer.epochs()
-    data = bench.peer_splits()
-    train = bench.IndexedBatches(data["train"], "cpu", bench.BATCH_SIZE, generator(bench.SEED, "order"))
-    val = bench.IndexedBatches(data["val"], "cpu", len(data["val"].words), None)
-    theirs = bench.train_peer(CONFIG, train, val, "cpu", fused=True)
+    data = peer.peer_splits()
+    train = peer.IndexedBatches(data["train"], "cpu", peer.BATCH_SIZE, generator(peer.SEED, "order"))
+    val = peer.IndexedBatches(data["val"], "cpu", len(data["val"].words), None)
+    theirs = peer.train_peer(CONFIG, train, val, "cpu", fused=True)
     assert ours.val is not None
     assert theirs["val_loss"] == pytest.approx(ours.val["val_loss"], rel=1e-2)
     assert theirs["coverage"] == pytest.approx(ours.val["val_coverage"], abs=0.01)
